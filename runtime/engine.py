@@ -1,0 +1,44 @@
+"""The contract between a model file and everything that uses it: token ids in, logits out."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from sbedge.config import ModelConfig
+from sbedge.errors import InputError
+from sbedge.state import State
+
+Logits = Literal["last", "all", "none"]
+
+
+class Engine(Protocol):
+    """Knows token ids and arrays; nothing of text."""
+
+    config: ModelConfig
+
+    def new_state(self) -> State:
+        """The state before the first token."""
+
+    def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: Logits = "last") -> np.ndarray | None:
+        """Advance `state` in place by len(ids) tokens.
+
+        Returns float32 logits [1, V] ("last"), [n, V] ("all") or None ("none"). Any chunking of the same
+        ids gives the same result. `state.last_logits` is the last row, or None after "none".
+        Raises InputError if `ids` is empty or holds an id outside the vocabulary; StateError if the state
+        belongs to a model of other sizes. In both cases the state is untouched.
+        """
+
+
+def checked_ids(ids: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
+    """`ids` as int64 [n]; InputError if empty, not whole numbers, or outside the vocabulary."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.size == 0:
+        raise InputError(f"expected a non-empty list of token ids, found shape {list(array.shape)}")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"token ids must be whole numbers, found {array.dtype}")
+    outside = array[(array < 0) | (array >= config.vocab_size)]
+    if outside.size:
+        raise InputError(f"token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}")
+    return array.astype(np.int64)

@@ -1,0 +1,180 @@
+"""ModelConfig: what a SpikingBrain model is, read from a checkpoint's config.json."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+GATE_RANK = 16          # base and SFT checkpoints factor the gate projection through 16 channels
+WEIGHT_GROUP = 128      # W8ASpike: input channels that share one weight scale
+GATE_DIVISOR = 16.0     # log_decay = logsigmoid(gate) / 16
+MAX_SIZE = 1 << 24      # no dimension of a real model is larger; bounds what an untrusted file can ask for
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one model; field names are the keys of config.json.
+
+    `attn_layers` lists the sliding-window layers, all others are GLA. The last three fields are not in
+    config.json: they follow from which tensors a checkpoint holds (`Checkpoint` fills them in).
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    sliding_window: int
+    attn_layers: tuple[int, ...]
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    gate_rank: int = GATE_RANK          # 0: the gate projection is one full-rank matrix (W8ASpike)
+    spike_k: float = 0.0                # firing threshold = mean|x| / k; 0: activations are not spiked
+    int8_window: bool = False           # sliding-window keys and values are kept as int8 codes
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the key, value and gate projections: G * d."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def is_window_layer(self, layer: int) -> bool:
+        return layer in self.attn_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
+        """Read the keys of a published config.json (or of `to_dict`).
+
+        Raises CheckpointError naming the key, the value found and what was expected.
+        """
+        _check_architecture(raw, source)
+        sizes = {key: _size(raw, key, source) for key in (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "intermediate_size", "vocab_size", "sliding_window")}
+        heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+        for divisor, key, whole in ((heads, "hidden_size", sizes["hidden_size"]),
+                                    (groups, "num_attention_heads", heads)):
+            if whole % divisor:
+                raise CheckpointError(f"{source}: {key} {whole} is not a multiple of {divisor} heads")
+        if (sizes["hidden_size"] // heads) % 2:
+            raise CheckpointError(f"{source}: head size {sizes['hidden_size'] // heads} is odd; "
+                                  "the rotary embedding needs an even one")
+        return cls(
+            **sizes,
+            attn_layers=_attn_layers(raw.get("attn_layers"), sizes["num_hidden_layers"], source),
+            rope_theta=_positive(raw, "rope_theta", 1e6, source),
+            norm_eps=_positive(raw, "norm_eps", 1e-6, source),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings", source),
+            bos_token_id=_token(raw, "bos_token_id", source),
+            eos_token_id=_tokens(raw, "eos_token_id", source),
+            pad_token_id=_token(raw, "pad_token_id", source),
+            gate_rank=_size(raw, "gate_rank", source, low=0) if "gate_rank" in raw else GATE_RANK,
+            spike_k=_positive(raw, "spike_k", 0.0, source, low=0.0),
+            int8_window=_flag(raw, "int8_window", source),
+        )
+
+    @classmethod
+    def from_json(cls, path: Path) -> ModelConfig:
+        """Read `path`; raises CheckpointError if it is missing, not JSON, or not a model we can run."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); "
+                                  "expected a checkpoint folder with a config.json") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+        unpublished = {f.name for f in fields(cls)} - PUBLISHED_KEYS
+        return cls.from_dict({k: v for k, v in raw.items() if k not in unpublished}, source=str(path))
+
+
+PUBLISHED_KEYS = {f.name for f in fields(ModelConfig)} - {"gate_rank", "spike_k", "int8_window"}
+
+
+def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
+    kind = raw.get("model_type", "gla_swa")
+    if kind == "sse_swa_moba":
+        raise CheckpointError(f"{source}: this is SpikingBrain2.0 (model_type sse_swa_moba), another "
+                              "architecture that sbedge cannot run yet; use a SpikingBrain-7B checkpoint")
+    if kind != "gla_swa":
+        raise CheckpointError(f"{source}: model_type is {kind!r}, expected 'gla_swa' (SpikingBrain)")
+    if raw.get("use_short_conv"):
+        raise CheckpointError(f"{source}: use_short_conv is true; no released SpikingBrain model has short "
+                              "convolutions and sbedge cannot run them")
+    if raw.get("hidden_act", "swish") not in ("swish", "silu"):
+        raise CheckpointError(f"{source}: hidden_act is {raw['hidden_act']!r}, expected 'swish'")
+    if raw.get("rope_scaling"):
+        raise CheckpointError(f"{source}: rope_scaling is set; SpikingBrain uses plain rotary embedding")
+
+
+def _size(raw: Mapping[str, Any], key: str, source: str, low: int = 1) -> int:
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_SIZE:
+        raise CheckpointError(f"{source}: {key} is {value!r}, expected a whole number from {low} to {MAX_SIZE}")
+    return value
+
+
+def _positive(raw: Mapping[str, Any], key: str, default: float, source: str, low: float = 1e-30) -> float:
+    value = raw.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < 1e30:
+        raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str, source: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{source}: {key} is {value!r}, expected true or false")
+    return value
+
+
+def _token(raw: Mapping[str, Any], key: str, source: str) -> int | None:
+    value = raw.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(f"{source}: {key} is {value!r}, expected a token id")
+    return value
+
+
+def _tokens(raw: Mapping[str, Any], key: str, source: str) -> tuple[int, ...]:
+    value = raw.get(key)
+    if value is None:
+        return ()
+    values = value if isinstance(value, (list, tuple)) else [value]
+    ids = (_token({key: v}, key, source) for v in values)
+    return tuple(i for i in ids if i is not None)
+
+
+def _attn_layers(value: Any, num_layers: int, source: str) -> tuple[int, ...]:
+    if value is None:
+        return tuple(range(1, num_layers, 2))
+    ok = isinstance(value, (list, tuple)) and all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_layers for i in value)
+    if not ok or len(set(value)) != len(value):
+        raise CheckpointError(f"{source}: attn_layers is {value!r}, expected distinct layer indices "
+                              f"below {num_layers}")
+    return tuple(sorted(value))
