@@ -26,6 +26,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf.quants import dequantize
+from sbedge.runtime.tokenizer import Tokenizer
 
 from sbedge.checkpoint import expected_tensors
 from sbedge.config import ModelConfig
@@ -330,8 +331,6 @@ def write_demo_checkpoint(gguf_path: Path, out_dir: Path, *, progress: Progress 
     float16 form. One tensor is held at a time. Raises ModelFileError on a GGUF that is damaged or not such
     a Llama (CheckpointError if only its sizes do not fit), ExportError if `out_dir` exists or cannot be written.
     """
-    from sbedge.runtime.tokenizer import Tokenizer
-
     gguf_path, out_dir = Path(gguf_path), Path(out_dir)
     metadata, tensors = _read_gguf(gguf_path)
     raw_config = _config_of(gguf_path, metadata, len(tensors))

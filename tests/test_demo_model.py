@@ -1,6 +1,7 @@
 """python -m pytest tests/test_demo_model.py: Llama weights become our checkpoint, or one clear line."""
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import subprocess
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sbedge.apps import demo_model
 from sbedge.apps.demo_model import PinnedFile, extract_weights, unpermute_rope, write_demo_checkpoint
+from sbedge.runtime.tokenizer import Tokenizer
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import CheckpointError, ExportError, ModelFileError, SbedgeError
@@ -150,6 +152,15 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, tiny_gguf: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path, tiny_gguf: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ExportError, match=r"out: cannot write the checkpoint \(No space left on device\)"):
+        write_demo_checkpoint(tiny_gguf, tmp_path / "out", progress=full)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
 # ---- bad GGUF -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.1, 0.5, 0.999])
@@ -281,3 +292,5 @@ def test_the_real_weights_convert(tmp_path: Path) -> None:
     assert config.attn_layers == tuple(range(30))
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (49152, 1, (2,))
     assert all(np.isfinite(checkpoint.raw(name)).all() for name in checkpoint.names())
+    ids = Tokenizer.from_folder(tmp_path / "out").encode("The capital of France is")
+    assert ids == [504, 3575, 282, 4649, 314]  # llama.cpp's, on the original file
