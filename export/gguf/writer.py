@@ -1,0 +1,207 @@
+"""Checkpoint -> one GGUF file, streamed: a few blocks of rows are in memory at a time."""
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+import sbedge
+from sbedge.checkpoint import Checkpoint
+from sbedge.config import WEIGHT_GROUP
+from sbedge.errors import ExportError, SbedgeError
+from sbedge.gguf_format import ARCHITECTURE, TYPES, config_metadata, gguf_name, row_bytes
+from sbedge.quant.event_layout import split_codes
+from sbedge.quant.ggml_library import load_ggml, quantize_rows
+
+ALIGNMENT = 32
+BLOCK_BYTES = 1 << 24       # float32 bytes quantized at a time
+THREADS = 2
+
+# quant name -> (type of linears, type where a width is no multiple of its block)
+QUANTS = {"f32": ("F32", "F32"), "f16": ("F16", "F16"), "q8_0": ("Q8_0", "F16"), "q4_0": ("Q4_0", "F16"),
+          "q4_k": ("Q4_K", "Q5_0"), "q6_k": ("Q6_K", "Q8_0"), "w8-spike": ("codes", "codes")}
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "q6_k": 18}     # llama.cpp's LLAMA_FTYPE
+EMBEDDINGS = ("model.embeddings.weight", "lm_head.weight")
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file: `blocks` yields its bytes in order, each array a job done by a worker."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    blocks: Callable[[], Iterator[Callable[[], np.ndarray]]]
+
+    @property
+    def nbytes(self) -> int:
+        return row_bytes(self.type, self.shape[-1]) * int(np.prod(self.shape[:-1]))
+
+
+def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quant: str | None = None,
+               tokenizer_metadata: dict[str, Any] | None = None, progress: Progress | None = None,
+               force: bool = False) -> None:
+    """Write `checkpoint` to `path` in one of QUANTS; embeddings and lm_head have their own, by default 8 bit.
+
+    The file appears whole or not at all. `progress(done_bytes, total_bytes, tensor_name)` is called after
+    each block. Raises ExportError (bad option, existing path, full disk).
+    """
+    path = Path(path)
+    embedding_quant = embedding_quant or default_embedding_quant(quant)
+    _check_options(checkpoint, quant, embedding_quant)
+    if path.exists() and not force:
+        raise ExportError(f"{path}: exists already; choose another name or pass --force")
+    if path.is_dir():
+        raise ExportError(f"{path}: is a folder; a GGUF export is one file")
+    recipe = f"{quant}, embeddings {embedding_quant}"
+    tensors = [t for name in checkpoint.names() if not name.endswith(".scales")
+               for t in _plan(checkpoint, name, quant, embedding_quant)]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_header(temporary, checkpoint, quant, recipe, tokenizer_metadata or {}, tensors)
+        _write_data(temporary, tensors, progress)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written ({error.strerror or error}); "
+                          "nothing was left behind") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def default_embedding_quant(quant: str) -> str:
+    return quant if quant in ("f32", "f16") else "q8_0"
+
+
+def _check_options(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> None:
+    for option, value, allowed in (("quant", quant, list(QUANTS)),
+                                   ("embedding quant", embedding_quant, [q for q in QUANTS if q != "w8-spike"])):
+        if value not in allowed:
+            raise ExportError(f"{option} {value!r} is not known for GGUF, expected one of {', '.join(allowed)}")
+        if value.endswith("_k"):
+            load_ggml()     # only ggml itself can make k-quants: say so before anything is written
+    if quant == "w8-spike" and not checkpoint.is_w8aspike:
+        raise ExportError(f"{checkpoint.folder}: quant w8-spike needs a W8ASpike checkpoint (int8 codes, spiking "
+                          "activations); this one has neither, choose q8_0 or another")
+
+
+# --- what goes into the file -----------------------------------------------------------------------
+def _plan(checkpoint: Checkpoint, name: str, quant: str, embedding_quant: str) -> list[Tensor]:
+    shape = checkpoint.shapes[name]
+    if checkpoint.is_quantized(name) and quant == "w8-spike":
+        return _event_layout(checkpoint, name)
+    kind = _type_of(name, shape, embedding_quant if name in EMBEDDINGS else quant)
+    rows = shape[0] if len(shape) == 1 else max(1, BLOCK_BYTES // (4 * shape[1]))
+
+    def blocks() -> Iterator[Callable[[], np.ndarray]]:
+        for start in range(0, shape[0], rows):
+            yield lambda start=start: quantize_rows(
+                np.atleast_2d(checkpoint.weight(name, start, min(start + rows, shape[0]))), kind)
+
+    return [Tensor(gguf_name(name), shape, kind, blocks)]
+
+
+def _type_of(name: str, shape: tuple[int, ...], quant: str) -> str:
+    # Vectors are small and the low-rank gate decides how long the model remembers: both stay exact.
+    if len(shape) == 1 or ".gk_proj." in name or quant == "w8-spike":
+        return "F32"
+    kind, fallback = QUANTS[quant]
+    for choice in (kind, fallback):
+        if shape[1] % TYPES[choice].block == 0:
+            return choice
+    return "F16"
+
+
+def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
+    """The published int8 codes of one linear, input-channel-major, lossless (see sbedge/gguf_format.py)."""
+    codes, scales = checkpoint.weight_codes(name)
+    out, width = codes.shape
+    int8, index, value = split_codes(codes)
+    stem = gguf_name(name).removesuffix("weight")
+
+    def part(suffix: str, shape: tuple[int, ...], kind: str, make: Callable[[], np.ndarray]) -> Tensor:
+        return Tensor(stem + suffix, shape, kind, lambda: iter([lambda: np.ascontiguousarray(make()).view(np.uint8)]))
+
+    # Each part reads the checkpoint again when its turn comes, so that no layer is held from plan to write.
+    parts = [part("codes", (width, out), "I8", lambda: split_codes(checkpoint.weight_codes(name)[0])[0]),
+             part("scales", (width // WEIGHT_GROUP, out), "F32", lambda: checkpoint.weight_codes(name)[1].T)]
+    if len(index):
+        parts += [part("residual_index", index.shape, "I32", lambda: split_codes(checkpoint.weight_codes(name)[0])[1]),
+                  part("residual_value", value.shape, "I32", lambda: split_codes(checkpoint.weight_codes(name)[0])[2])]
+    return parts
+
+
+# --- writing ---------------------------------------------------------------------------------------
+def _write_header(path: Path, checkpoint: Checkpoint, quant: str, recipe: str, tokenizer: dict[str, Any],
+                  tensors: list[Tensor]) -> None:
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    metadata = {"general.name": checkpoint.folder.resolve().name, "general.quantization_version": 2,
+                **({"general.file_type": FILE_TYPES[quant]} if quant in FILE_TYPES else {}),
+                **config_metadata(checkpoint.config),
+                f"{ARCHITECTURE}.source.fingerprint": checkpoint.fingerprint,
+                f"{ARCHITECTURE}.source.recipe": recipe,
+                f"{ARCHITECTURE}.source.exporter": f"sbedge {sbedge.__version__}", **tokenizer}
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    for tensor in tensors:
+        # The writer takes the shape in bytes where it is told that the data are bytes.
+        shape = (*tensor.shape[:-1], row_bytes(tensor.type, tensor.shape[-1]))
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes,
+                               gguf.GGMLQuantizationType[tensor.type])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float64(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _write_data(path: Path, tensors: list[Tensor], progress: Progress | None) -> None:
+    total, done = sum(t.nbytes for t in tensors), 0
+    with path.open("ab") as file, ThreadPoolExecutor(THREADS) as workers:
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
+        for tensor in tensors:
+            written = 0
+            for block in _in_order(workers, tensor.blocks()):
+                file.write(block.data)
+                written += block.nbytes
+                if progress:
+                    progress(done + written, total, tensor.name)
+            if written != tensor.nbytes:
+                raise SbedgeError(f"{tensor.name}: {written} bytes made, {tensor.nbytes} announced")
+            done += written
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _in_order(workers: ThreadPoolExecutor, jobs: Iterator[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """Results of `jobs` in order, at most a few of them ahead: keeps the workers busy and memory small."""
+    ahead: deque[Future[np.ndarray]] = deque()
+    for job in jobs:
+        ahead.append(workers.submit(job))
+        if len(ahead) > THREADS:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
