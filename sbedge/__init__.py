@@ -1,7 +1,7 @@
 """sbedge: SpikingBrain language models on ordinary CPUs.
 
     import sbedge
-    sbedge.export("SpikingBrain-7B", "model.gguf", quant="q4_0")
+    sbedge.export_model("SpikingBrain-7B", "model.gguf", quant="q4_0")
     session = sbedge.load("model.gguf")
     for piece in session.generate("The capital of France is"):
         print(piece.text, end="", flush=True)
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from sbedge.checkpoint import Checkpoint
     from sbedge.config import ModelConfig
     from sbedge.errors import SbedgeError
-    from sbedge.export import export
+    from sbedge.export import export_model
     from sbedge.runtime.load import load
     from sbedge.runtime.sampling import Sampling
     from sbedge.runtime.session import Session
     from sbedge.state import State
 
-__all__ = ["Checkpoint", "ModelConfig", "Sampling", "SbedgeError", "Session", "State", "__version__", "export", "load"]
+__all__ = ["Checkpoint", "ModelConfig", "Sampling", "SbedgeError", "Session", "State", "__version__",
+           "export_model", "load"]
 
-_HOME = {"load": "runtime.load", "export": "export", "Session": "runtime.session", "Sampling": "runtime.sampling",
+_HOME = {"load": "runtime.load", "export_model": "export", "Session": "runtime.session", "Sampling": "runtime.sampling",
          "State": "state", "ModelConfig": "config", "Checkpoint": "checkpoint", "SbedgeError": "errors"}
 
 

@@ -1,0 +1,87 @@
+"""The `sbedge` command: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code.
+
+0 done · 1 a bug of ours · 2 an error the user can mend · 130 interrupted
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+import sbedge
+from sbedge.errors import SbedgeError
+
+# name -> (module with add_arguments(parser) and run(args), one line of help)
+COMMANDS = {
+    "demo": ("demo", "chat with a small model that is fetched for you"),
+    "chat": ("chat", "talk with a model in the terminal"),
+    "generate": ("commands.generate", "continue a text"),
+    "export": ("commands.export", "turn a checkpoint into a GGUF file or an ONNX folder"),
+    "inspect": ("commands.inspect", "show what a model file holds and how much memory it needs"),
+    "logits": ("commands.logits", "write the logits of a list of token ids to a .npy file"),
+    "tokenize": ("commands.tokenize", "turn text into token ids"),
+}
+OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (argparse itself exits with 0 for help and 2 for bad usage)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(argv).parse_args(argv)
+    debug = args.debug or bool(os.environ.get("SBEDGE_DEBUG"))
+    try:
+        command = import_module(f"sbedge.apps.{COMMANDS[args.command][0]}")
+        return command.run(args) or OK
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): stop quietly, and let the final flush go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line, code = describe(error)
+        print(f"sbedge: {printable(line)}", file=sys.stderr)
+        return code
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands; only the one named in `argv` is imported, so that --help is instant."""
+    parser = argparse.ArgumentParser(
+        prog="sbedge", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run SpikingBrain language models on ordinary CPUs, with a memory that never grows.",
+        epilog="sbedge COMMAND --help explains a command, with an example.\nFor a first try: sbedge demo")
+    parser.add_argument("--version", action="version", version=f"sbedge {sbedge.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, summary) in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:
+            import_module(f"sbedge.apps.{module}").add_arguments(sub)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error (or SBEDGE_DEBUG=1)")
+    return parser
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """One line and the exit code for an exception."""
+    if isinstance(error, SbedgeError):
+        return str(error), USER_ERROR
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", USER_ERROR
+    if isinstance(error, MemoryError):
+        return "not enough memory; see `sbedge inspect MODEL` for what the model needs", USER_ERROR
+    return f"unexpected {type(error).__name__}: {error} (a bug; --debug shows the traceback)", BUG
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names inside model files are not trusted with the terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text).strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Output files that appear whole or not at all."""
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sbedge.errors import ExportError
+
+
+@contextmanager
+def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends well, and vanishes otherwise.
+
+    Raises ExportError if `path` exists (without `force`) or its folder does not.
+    """
+    if path.is_dir():
+        raise ExportError(f"{path}: this is a folder, expected the name of a file to write")
+    if path.exists() and not force:
+        raise ExportError(f"{path}: exists already; choose another name or use --force")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path.parent}: no such folder to write {path.name} in")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written ({error.strerror})") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())      # mkstemp makes files only their owner can read
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
