@@ -1,0 +1,103 @@
+"""A checkpoint becomes an ONNX folder: model.onnx with its data, config.json, tokenizer files, genai_config.json."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from sbedge import __version__
+from sbedge.checkpoint import Checkpoint
+from sbedge.errors import ExportError
+
+from .genai import genai_config
+from .graph import Graph
+from .layers import Progress, Recipe
+from .weights import DataFile
+
+FORMS = ("f32", "int8", "int4")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+                   "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
+
+
+def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4", embedding_quant: str | None = None,
+               progress: Progress | None = None, force: bool = False) -> None:
+    """Export `checkpoint` to `folder`, tensor by tensor; the folder appears complete or not at all.
+
+    quant            "f32", "int8" or "int4": how linear layers are stored (W8ASpike: "f32" or "int8", both exact)
+    embedding_quant  the same for embeddings and lm_head; default "int8", or "f32" when quant is "f32"
+    progress         called with (bytes done, bytes in all, tensor name), bytes of the source
+    force            replace `folder` if it exists
+
+    Raises ExportError for a bad option, an existing folder, or a disk that fails or is full.
+    """
+    folder = Path(folder)
+    recipe = checked_recipe(checkpoint, quant, embedding_quant)
+    if os.path.lexists(folder) and not force:
+        raise ExportError(f"{folder}: already exists; choose another name or pass --force to replace it")
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        write_model(checkpoint, temporary, recipe, progress)
+        write_sidecars(checkpoint, temporary, recipe)
+        publish(temporary, folder)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left behind") from None
+    finally:        # also after an interrupt
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def checked_recipe(checkpoint: Checkpoint, quant: str, embedding_quant: str | None) -> Recipe:
+    embedding_quant = embedding_quant or ("f32" if quant == "f32" else "int8")
+    for name, form in (("quant", quant), ("embedding_quant", embedding_quant)):
+        if form not in FORMS:
+            raise ExportError(f"{name} is {form!r}, expected one of {', '.join(FORMS)}")
+    if checkpoint.is_w8aspike and quant == "int4":
+        raise ExportError(f"{checkpoint.folder}: a W8ASpike checkpoint has 8-bit weights, which int4 would lose; "
+                          "use --quant int8 or f32, both exact")
+    return Recipe(quant, embedding_quant)
+
+
+def write_model(checkpoint: Checkpoint, folder: Path, recipe: Recipe, progress: Progress | None) -> None:
+    with DataFile(folder) as data:
+        model = Graph(checkpoint, data, recipe, progress).build()
+    onnx.save(model, folder / "model.onnx")
+
+
+def write_sidecars(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
+    published = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    block: dict[str, Any] = {
+        "config": checkpoint.config.to_dict(), "source": checkpoint.fingerprint, "exporter": __version__,
+        "quantization": {"linear": recipe.linear, "embedding": recipe.embedding}, "spike_k": checkpoint.config.spike_k}
+    write_json(folder / "config.json", {**published, "sbedge": block})
+    write_json(folder / "genai_config.json", genai_config(checkpoint.config))
+    for name in TOKENIZER_FILES:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Rename the finished export into place; what it replaces is removed only after that."""
+    temporary.chmod(0o755)      # mkdtemp made it private
+    if not os.path.lexists(folder):
+        temporary.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    folder.rename(old / folder.name)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        (old / folder.name).rename(folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

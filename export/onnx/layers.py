@@ -1,0 +1,202 @@
+"""The pieces a graph is made of: nodes, and linear layers and embeddings in each storage form."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from sbedge.checkpoint import Checkpoint
+from sbedge.config import WEIGHT_GROUP
+from sbedge.quant.blocks import BLOCK, Blocks, quantize_blocks
+
+from . import ops
+from .weights import DataFile, same_bytes
+
+BITS = {"int8": 8, "int4": 4}
+READ_WEIGHTS = 1 << 23          # weights read at a time: what streaming holds in memory
+SLICE_WEIGHTS = 1 << 17         # weights quantized at a time: temporaries stay in the CPU's cache
+WORKERS = 2
+LAST_AXIS_END = np.array([np.iinfo(np.int64).max])
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are stored: "f32", "int8" or "int4"."""
+
+    linear: str
+    embedding: str      # embeddings and lm_head
+
+
+@dataclass(frozen=True)
+class Spikes:
+    """A spiked activation: names of the counts [1, n, channels] and thresholds [1, n, 1]."""
+
+    count: str
+    threshold: str
+
+
+class Layers:
+    """Collects nodes and initializers; each weight goes to `data` when its layer is built."""
+
+    def __init__(self, checkpoint: Checkpoint, data: DataFile, recipe: Recipe, progress: Progress | None):
+        self.checkpoint, self.data, self.recipe, self.progress = checkpoint, data, recipe, progress
+        self.config = checkpoint.config
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self.bytes_per_weight = {name: checkpoint.rows(name, 0, 1).itemsize for name in checkpoint.names()}
+        self.total = sum(prod(checkpoint.shapes[name]) * size for name, size in self.bytes_per_weight.items())
+        self.done = 0
+
+    # --- nodes -------------------------------------------------------------------------------------
+    def node(self, op: str, inputs: list[str], outputs: int | list[str] = 1, domain: str = "", **attributes) -> str:
+        """Add a node and return its output's name; `nodes_out` does the same for several outputs."""
+        return self.nodes_out(op, inputs, outputs, domain, **attributes)[0]
+
+    def nodes_out(self, op: str, inputs: list[str], outputs: int | list[str], domain: str = ops.DOMAIN,
+                  **attributes) -> list[str]:
+        label = f"{len(self.nodes)}.{op}"
+        if isinstance(outputs, int):
+            outputs = [label, *(f"{label}.{i}" for i in range(1, outputs))]
+        self.nodes.append(helper.make_node(op, inputs, outputs, label, domain=domain, **attributes))
+        return outputs
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = self.data.array(name, value)
+        return name
+
+    def rms_norm(self, name: str, x: str) -> str:
+        return self.node("RMSNormalization", [x, self.stored(name + ".weight")], axis=-1, epsilon=self.config.norm_eps)
+
+    def spiked(self, x: str) -> str | Spikes:
+        """`x` as spikes where the model spikes; one encoding serves all linears that read it."""
+        if not self.config.spike_k:
+            return x
+        return Spikes(*self.nodes_out("SpikeEncode", [x], 2, k=self.config.spike_k))
+
+    # --- linear layers: x [1, n, K] -> [1, n, N] ---------------------------------------------------
+    def linear(self, name: str, x: str | Spikes) -> str:
+        if isinstance(x, Spikes) and self.recipe.linear == "int8":
+            return self.add_bias(name, self.spike_linear(name, x))
+        if isinstance(x, Spikes):
+            x = self.node("Mul", [x.count, x.threshold])
+        # The two small gate projections decide what a state forgets: they stay exact.
+        exact = "gk_proj" in name or self.checkpoint.is_w8aspike
+        return self.dense(name, x, "f32" if exact else self.recipe.linear)
+
+    def dense(self, name: str, x: str, form: str) -> str:
+        weight = name + ".weight"
+        if form == "f32":       # [N, K] as published: FusedMatMul reads it transposed, no second copy is stored
+            y = self.node("FusedMatMul", [x, self.stored(weight)], domain="com.microsoft", transB=1)
+            return self.add_bias(name, y)
+        N, K = self.checkpoint.shapes[weight]
+        parts = self.quantized(weight, BITS[form])
+        if name + ".bias" in self.checkpoint.shapes:
+            parts += ["", self.stored(name + ".bias")]
+        return self.node("MatMulNBits", [x, *parts], domain="com.microsoft", K=K, N=N, bits=BITS[form],
+                         block_size=BLOCK, accuracy_level=4)
+
+    def add_bias(self, name: str, y: str) -> str:
+        bias = name + ".bias"
+        return self.node("Add", [y, self.stored(bias)]) if bias in self.checkpoint.shapes else y
+
+    def spike_linear(self, name: str, x: Spikes) -> str:
+        """Int8 codes, input-channel-major, with the few larger codes beside them: no weight is rounded."""
+        weight = name + ".weight"
+        if weight + ".codes" not in self.initializers:
+            codes, scales = self.checkpoint.weight_codes(weight)                    # [N, K], [N, K/128]
+            N, K = codes.shape
+            outputs, inputs = np.nonzero((codes < -128) | (codes > 127))
+            beyond = codes[outputs, inputs]
+            stored = np.clip(codes, -128, 127)
+            excess = (beyond - stored[outputs, inputs]) * scales[outputs, inputs // WEIGHT_GROUP]
+            by_input = (stored + 128).astype(np.uint8).T.reshape(K // WEIGHT_GROUP, WEIGHT_GROUP, N)
+            for part, array in (("codes", by_input), ("scales", scales.T), ("residual_inputs", inputs),
+                                ("residual_outputs", outputs), ("residual_values", excess.astype(np.float32))):
+                self.constant(f"{weight}.{part}", np.ascontiguousarray(array))
+            self.advance(weight, codes.size)
+        return self.node("SpikeLinear", [x.count, x.threshold, *(f"{weight}.{part}" for part in (
+            "codes", "scales", "residual_inputs", "residual_outputs", "residual_values"))], domain=ops.DOMAIN)
+
+    # --- embeddings and lm_head, one stored copy when tied -----------------------------------------
+    def embeddings(self) -> str:
+        """input_ids [1, n] -> [1, n, D]"""
+        weight, form = "model.embeddings.weight", self.recipe.embedding
+        if form == "f32":
+            return self.node("Gather", [self.stored(weight), "input_ids"], axis=0)
+        codes, scales, zero_points = self.quantized(weight, BITS[form])
+        V, blocks, _ = self.initializers[codes].dims
+        D = self.config.hidden_size
+        # The same bytes as MatMulNBits reads, seen as rows of V.
+        rows = self.view(codes, (V, blocks * BLOCK * BITS[form] // 8))
+        x = self.node("GatherBlockQuantized", [rows, "input_ids", scales, zero_points], domain="com.microsoft",
+                      bits=BITS[form], block_size=BLOCK, gather_axis=0, quantize_axis=1)
+        if blocks * BLOCK == D:
+            return x
+        return self.node("Slice", [x, *(self.constant(f"embeddings.{part}", np.array([value])) for part, value in (
+            ("start", 0), ("end", D), ("axis", 2)))])
+
+    def lm_head(self, x: str) -> str:
+        """[1, k, D] -> [1, k, V]"""
+        name = "model.embeddings" if self.config.tie_word_embeddings else "lm_head"
+        return self.dense(name, x, self.recipe.embedding)
+
+    # --- weights -----------------------------------------------------------------------------------
+    def stored(self, name: str) -> str:
+        """The tensor the model computes with, as float32."""
+        if name not in self.initializers:
+            shape = self.checkpoint.shapes[name]
+            if prod(shape) < READ_WEIGHTS or self.checkpoint.is_quantized(name):
+                self.initializers[name] = self.data.array(name, self.checkpoint.weight(name))
+                self.advance(name, prod(shape))
+            else:
+                self.initializers[name] = self.data.append(name, np.float32, shape, self.read(name))
+        return name
+
+    def quantized(self, name: str, bits: int) -> list[str]:
+        """Names of a weight's codes, scales and zero points for MatMulNBits."""
+        codes, scales, zero_points = names = [f"{name}.{part}" for part in Blocks._fields]
+        if codes not in self.initializers:
+            N, K = self.checkpoint.shapes[name]
+            small: list[tuple[np.ndarray, np.ndarray]] = []
+            self.initializers[codes] = self.data.append(
+                codes, np.uint8, (N, -(-K // BLOCK), BLOCK * bits // 8), self.quantize(name, bits, small))
+            self.constant(scales, np.concatenate([pair[0] for pair in small]))
+            self.constant(zero_points, np.concatenate([pair[1] for pair in small]))
+        return names
+
+    def quantize(self, name: str, bits: int, small: list) -> Iterator[np.ndarray]:
+        """Codes, piece by piece; scales and zero points are collected in `small`."""
+        rows = max(1, SLICE_WEIGHTS // self.checkpoint.shapes[name][1])
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for piece in self.read(name):
+                slices = (piece[start:start + rows] for start in range(0, len(piece), rows))
+                for blocks in pool.map(lambda weight: quantize_blocks(weight, bits), slices):
+                    small.append((blocks.scales, blocks.zero_points))
+                    yield blocks.codes
+
+    def read(self, name: str) -> Iterator[np.ndarray]:
+        """Rows of a stored tensor, a few million weights at a time."""
+        total, width = self.checkpoint.shapes[name]
+        rows = max(1, READ_WEIGHTS // width)
+        for start in range(0, total, rows):
+            piece = self.checkpoint.rows(name, start, min(start + rows, total))
+            yield piece
+            self.advance(name, piece.size)
+
+    def view(self, name: str, shape: tuple[int, ...]) -> str:
+        """A stored tensor under another shape, without a second copy."""
+        twin = name + ".rows"
+        self.initializers[twin] = same_bytes(self.initializers[name], twin, shape)
+        return twin
+
+    def advance(self, name: str, weights: int) -> None:
+        self.done += weights * self.bytes_per_weight[name]
+        if self.progress:
+            self.progress(self.done, self.total, name)
