@@ -1,0 +1,85 @@
+"""From a checkpoint to one file that runs: GGUF for the ggml engine, a folder for ONNX Runtime."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sbedge.checkpoint import Checkpoint
+from sbedge.errors import ExportError
+
+Progress = Callable[[int, int, str], None]      # (bytes done, bytes in total, tensor name)
+
+QUANTS = {"gguf": ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k", "w8-spike"),
+          "onnx": ("f32", "int8", "int4", "w8-spike")}
+DEFAULT_QUANT = {"gguf": "q8_0", "onnx": "int8"}
+SPIKING_QUANT = "w8-spike"      # the published int8 codes and spiking inputs of a W8ASpike checkpoint
+
+
+def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format: str | None = None,
+                 quant: str | None = None, embedding_quant: str | None = None, force: bool = False,
+                 progress: Progress | None = None) -> None:
+    """Export `checkpoint` to `out`: a .gguf file, or for ONNX a folder. Tokenizer and chat template go along.
+
+    format            "gguf" or "onnx"; None: by the suffix of `out`
+    quant             one of QUANTS[format]; None: 8 bit, or the spiking form of a W8ASpike checkpoint
+    embedding_quant   the same for embeddings and lm_head; None: 8 bit where `quant` is 8 bit or less
+    force             replace an existing `out`
+
+    `out` appears whole or not at all. Raises CheckpointError, TokenizerError (damaged, or not of this model)
+    and ExportError (bad options, existing output, full disk).
+    """
+    out = Path(out)
+    format = format or format_of(out)
+    if format not in QUANTS:
+        raise ExportError(f"format is {format!r}, expected one of {', '.join(QUANTS)}")
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    quant = quant or default_quant(checkpoint, format)
+    check_quant(format, quant)
+    check_output(out, force)
+    if format == "gguf":
+        _write_gguf(checkpoint, out, quant, embedding_quant, force, progress)
+    else:
+        from .onnx import write_onnx
+        write_onnx(checkpoint, out, quant=quant, embedding_quant=embedding_quant, force=force, progress=progress)
+
+
+def format_of(out: Path) -> str:
+    """The format that an output name implies."""
+    if out.suffix == ".gguf":
+        return "gguf"
+    if not out.suffix or out.suffix == ".onnx" or out.is_dir():
+        return "onnx"
+    raise ExportError(f"{out}: which format is this? name a .gguf file or a folder, or give --format")
+
+
+def default_quant(checkpoint: Checkpoint, format: str) -> str:
+    return SPIKING_QUANT if checkpoint.is_w8aspike else DEFAULT_QUANT[format]
+
+
+def check_quant(format: str, quant: str) -> None:
+    if quant not in QUANTS[format]:
+        others = [name for name, quants in QUANTS.items() if quant in quants]
+        hint = f" ({quant} exists for {others[0]})" if others else ""
+        raise ExportError(f"quant {quant!r} is not known for {format}, expected one of "
+                          f"{', '.join(QUANTS[format])}{hint}")
+
+
+def check_output(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise ExportError(f"{out}: exists already; choose another name or use --force")
+    if not out.absolute().parent.is_dir():
+        raise ExportError(f"{out.absolute().parent}: no such folder to write {out.name} in")
+
+
+def _write_gguf(checkpoint: Checkpoint, out: Path, quant: str, embedding_quant: str | None, force: bool,
+                progress: Progress | None) -> None:
+    from sbedge.runtime.load import open_tokenizer
+
+    from .gguf.writer import write_gguf
+
+    vocab_size = checkpoint.config.vocab_size
+    tokenizer = open_tokenizer(checkpoint.folder, vocab_size)
+    metadata = tokenizer.to_gguf_metadata(vocab_size) if tokenizer else None
+    write_gguf(checkpoint, out, quant=quant, embedding_quant=embedding_quant, tokenizer_metadata=metadata,
+               force=force, progress=progress)

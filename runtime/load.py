@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 Kind = Literal["gguf", "onnx", "checkpoint"]
-ENGINE_OF = {"gguf": "ggml", "onnx": "onnx", "checkpoint": "reference"}
+ENGINE_OF: dict[str, str] = {"gguf": "ggml", "onnx": "onnx", "checkpoint": "reference"}
 ENGINES = ("auto", *ENGINE_OF.values())
 WHAT = {"gguf": "a GGUF file", "onnx": "an ONNX folder", "checkpoint": "a checkpoint folder"}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")

@@ -1,0 +1,95 @@
+"""`sbedge export`: a checkpoint becomes a GGUF file or an ONNX folder."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sbedge.apps.progress import progress_bar
+from sbedge.checkpoint import Checkpoint
+from sbedge.errors import EngineUnavailable
+from sbedge.export import QUANTS, default_quant, export_model, format_of
+from sbedge.export.report import Report, compare, sample_ids
+from sbedge.reference import Reference
+from sbedge.runtime.load import ENGINE_OF, open_engine, open_tokenizer
+
+SMALL_CHECKPOINT = 2 << 30      # bytes; larger ones are compared with float32 only on request: it takes long
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = ("Turn a checkpoint folder (config.json + safetensors + tokenizer files) into one GGUF file,\n"
+                          "or into a folder for ONNX Runtime, and say how far its predictions are from float32.\n\n"
+                          f"  gguf   {', '.join(QUANTS['gguf'])}\n  onnx   {', '.join(QUANTS['onnx'])}")
+    parser.epilog = ("examples:\n  sbedge export SpikingBrain-7B -o spikingbrain-q4_0.gguf --quant q4_0\n"
+                     "  sbedge export SpikingBrain-7B -o spikingbrain-onnx --format onnx --quant int4")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with the checkpoint")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".gguf file, or ONNX folder")
+    parser.add_argument("--format", choices=list(QUANTS), help="default: gguf if OUT ends in .gguf, onnx for a folder")
+    parser.add_argument("--quant", metavar="NAME",
+                        help="number format of the weights (default: 8 bit, w8-spike for a W8ASpike checkpoint)")
+    parser.add_argument("--embedding-quant", metavar="NAME", help="for embeddings and lm_head (default: 8 bit)")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=None,
+                        help="compare with float32 (default: if the checkpoint is under 2 GB)")
+    parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    checkpoint = Checkpoint(args.checkpoint)
+    format = args.format or format_of(args.output)
+    quant = args.quant or default_quant(checkpoint, format)
+    start = time.perf_counter()
+    with progress_bar() as bar:
+        export_model(checkpoint, args.output, format=format, quant=quant, embedding_quant=args.embedding_quant,
+                     force=args.force, progress=lambda done, total, name: bar(name, done, total))
+    seconds = time.perf_counter() - start
+    small = checkpoint_bytes(checkpoint) < SMALL_CHECKPOINT
+    wanted = small if args.report is None else args.report
+    report = report_on(checkpoint, args.output, format) if wanted else None
+    summary = {"output": str(args.output), "format": format, "quant": quant, "bytes": size_of(args.output),
+               "seconds": round(seconds, 3), "fingerprint": checkpoint.fingerprint,
+               "report": report.to_dict() if report else None, "spiking": bool(checkpoint.config.spike_k)}
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print_summary(summary, report, hint=args.report is None and not small)
+
+
+def report_on(checkpoint: Checkpoint, exported: Path, format: str) -> Report | None:
+    """Run checkpoint and export, one after the other, over the sample; None, and a note, without an engine."""
+    tokenizer = open_tokenizer(checkpoint.folder)
+    ids = sample_ids(tokenizer.encode if tokenizer else None, checkpoint.config.vocab_size)
+    try:
+        engine = open_engine(exported, ENGINE_OF[format])
+    except EngineUnavailable as error:
+        print(f"not compared with float32: {error}", file=sys.stderr)
+        return None
+    found = engine.forward(ids, engine.new_state(), logits="all")
+    del engine      # the float32 weights come now: not both at once
+    reference = Reference(checkpoint)
+    exact = reference.forward(ids, reference.new_state(), logits="all")
+    assert exact is not None and found is not None
+    return compare(exact, found)
+
+
+def print_summary(summary: dict[str, Any], report: Report | None, hint: bool) -> None:
+    print(f"{summary['output']}: {summary['format']} {summary['quant']}, {summary['bytes'] / 1e6:.1f} MB "
+          f"in {summary['seconds']:.1f} s")
+    if report:
+        print(report)
+        if summary["spiking"]:
+            print("spike counts are rounded: the last bit of a sum can decide one, so small differences are normal")
+    if hint:
+        print("--report compares it with float32 (needs the memory of the checkpoint in float32)", file=sys.stderr)
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> int:
+    return sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
