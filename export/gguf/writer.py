@@ -50,7 +50,7 @@ class Tensor:
 def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quant: str | None = None,
                tokenizer_metadata: dict[str, Any] | None = None, progress: Progress | None = None,
                force: bool = False) -> None:
-    """Write `checkpoint` to `path` in one of QUANTS; embeddings and lm_head have their own, by default 8 bit.
+    """Write `checkpoint` to `path` in one of QUANTS; embeddings and lm_head have their own.
 
     The file appears whole or not at all. `progress(done_bytes, total_bytes, tensor_name)` is called after
     each block. Raises ExportError (bad option, existing path, full disk).
@@ -78,7 +78,8 @@ def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quan
 
 
 def default_embedding_quant(quant: str) -> str:
-    return quant if quant in ("f32", "f16") else "q8_0"
+    """8 bit, except where the linears are kept exact too."""
+    return {"f32": "f32", "f16": "f16", "w8-spike": "f32"}.get(quant, "q8_0")
 
 
 def _check_options(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> None:
@@ -122,9 +123,8 @@ def _type_of(name: str, shape: tuple[int, ...], quant: str) -> str:
 
 def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
     """The published int8 codes of one linear, input-channel-major, lossless (see sbedge/gguf_format.py)."""
-    codes, scales = checkpoint.weight_codes(name)
-    out, width = codes.shape
-    int8, index, value = split_codes(codes)
+    out, width = checkpoint.shapes[name]
+    residual = split_codes(checkpoint.weight_codes(name)[0])[1]
     stem = gguf_name(name).removesuffix("weight")
 
     def part(suffix: str, shape: tuple[int, ...], kind: str, make: Callable[[], np.ndarray]) -> Tensor:
@@ -133,9 +133,9 @@ def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
     # Each part reads the checkpoint again when its turn comes, so that no layer is held from plan to write.
     parts = [part("codes", (width, out), "I8", lambda: split_codes(checkpoint.weight_codes(name)[0])[0]),
              part("scales", (width // WEIGHT_GROUP, out), "F32", lambda: checkpoint.weight_codes(name)[1].T)]
-    if len(index):
-        parts += [part("residual_index", index.shape, "I32", lambda: split_codes(checkpoint.weight_codes(name)[0])[1]),
-                  part("residual_value", value.shape, "I32", lambda: split_codes(checkpoint.weight_codes(name)[0])[2])]
+    if len(residual):
+        parts += [part("residual_index", residual.shape, "I32", lambda: split_codes(checkpoint.weight_codes(name)[0])[1]),
+                  part("residual_value", residual.shape, "I32", lambda: split_codes(checkpoint.weight_codes(name)[0])[2])]
     return parts
 
 

@@ -1,0 +1,164 @@
+"""GGUF engine: our graph on the ggml of an installed package, over a mapped file.
+
+Decoding reuses one graph per state, built for a number of ring slots (a bucket) and bound to the state's own
+memory, so that a token costs one call; prefill builds a graph for every chunk.
+"""
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sbedge.config import ModelConfig
+from sbedge.errors import EngineUnavailable, StateError
+from sbedge.gguf_format import config_from_metadata
+from sbedge.gguf_reader import read_gguf
+from sbedge.quant.ggml_library import load_ggml
+from sbedge.state import State, state_layout
+
+from .engine import Logits, checked_ids
+from .ggml_graph import Graph
+from .ggml_weights import GgmlWeights, aligned_empty
+
+CHUNK = 512                     # tokens a prefill graph takes
+LOGITS_BYTES = 1 << 26          # most memory the logits of one chunk may take
+BUCKET = 256                    # ring slots a decode graph grows by
+PARAMS_BYTES = 8192             # room for ggml_threadpool_params, whose layout is ggml's business
+
+
+class GgmlEngine:
+    """Engine over a GGUF file; `metadata` holds the file's keys (the tokenizer's among them).
+
+    threads  defaults to the cores this process may use
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None):
+        self.path = Path(path)
+        self.f = load_ggml().f
+        self._file = read_gguf(self.path)
+        self.metadata = self._file.metadata
+        self.config: ModelConfig = config_from_metadata(self.metadata, str(self.path))
+        self._weights = GgmlWeights(self._file, self.config)
+        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._backend, self._threadpool = self._start_backend()
+        self._prefill_memory = self.f.gallocr_new(self.f.backend_cpu_buffer_type())
+        self._bound: weakref.WeakKeyDictionary[State, _Bound] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def new_state(self) -> State:
+        return State(self.config)
+
+    def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: Logits = "last") -> np.ndarray | None:
+        """Advance `state` in place; see `Engine.forward`."""
+        ids = checked_ids(ids, self.config)
+        if state.layout != state_layout(self.config):
+            raise StateError("the state belongs to a model of other sizes")
+        rows = []
+        for start, stop in self._chunks(len(ids), logits):
+            n_logits = {"all": stop - start, "last": int(stop == len(ids)), "none": 0}[logits]
+            with self._lock:
+                rows.append(self._advance(ids[start:stop], state, n_logits))
+        state.last_logits = None
+        if logits == "none":
+            return None
+        out = rows[-1] if logits == "last" else np.concatenate(rows)
+        state.last_logits = out[-1].copy()
+        return out
+
+    def _chunks(self, count: int, logits: Logits) -> list[tuple[int, int]]:
+        size = CHUNK if logits != "all" else max(1, min(CHUNK, LOGITS_BYTES // (4 * self.config.vocab_size)))
+        return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _advance(self, ids: np.ndarray, state: State, n_logits: int) -> np.ndarray | None:
+        bound = self._bound.get(state)
+        if bound is None or not bound.is_current(state):
+            bound = self._bound[state] = _Bound(self, state)
+        graph = bound.graph(len(ids), state.position, n_logits)
+        graph.set_inputs(ids, state.position)
+        if self.f.backend_graph_compute(self._backend, graph.graph) != 0:
+            raise MemoryError("ggml could not run a forward pass")
+        bound.finish(graph, state)
+        return graph.logits()
+
+    def _start_backend(self) -> tuple[int, int]:
+        params = ctypes.create_string_buffer(PARAMS_BYTES)
+        self.f.threadpool_params_init(params, self.threads)
+        backend, threadpool = self.f.backend_cpu_init(), self.f.threadpool_new(params)
+        if not backend or not threadpool:
+            raise EngineUnavailable("ggml could not start its CPU backend")
+        self.f.backend_cpu_set_n_threads(backend, self.threads)
+        self.f.backend_cpu_set_threadpool(backend, threadpool)
+        return backend, threadpool
+
+
+class _Bound:
+    """What the engine keeps for one state: its graphs, and a float32 mirror of an int8 window.
+
+    ggml computes on float32 rings; the State's int8 codes stay the truth and are updated after every run, so
+    the mirror can be made again from them whenever another engine moved the state on.
+    """
+
+    def __init__(self, engine: GgmlEngine, state: State):
+        self.config, self.weights, self.shared = engine.config, engine._weights, engine._prefill_memory
+        self.address, self.position = state.block.ctypes.data, state.position
+        self.memory = {name: a for name, a in state.arrays.items() if a.dtype == np.float32 and a.ndim == 3}
+        self.blocks = [state.block]
+        if self.config.int8_window:
+            self._mirror(state)
+        self.decode: Graph | None = None
+        self.prefill: Graph | None = None
+
+    def is_current(self, state: State) -> bool:
+        return self.address == state.block.ctypes.data and self.position == state.position
+
+    def graph(self, n: int, position: int, n_logits: int) -> Graph:
+        if self.prefill:
+            self.prefill.close()
+            self.prefill = None
+        W = self.config.sliding_window
+        if n > 1:
+            self.prefill = self._new(n, min(position, W), n_logits, self.shared)
+            return self.prefill
+        length = min(W, -(-(position + 1) // BUCKET) * BUCKET)
+        if self.decode is None or (self.decode.length, self.decode.n_logits) != (length, n_logits):
+            if self.decode:
+                self.decode.close()
+            self.decode = self._new(1, length, n_logits, None)
+        return self.decode
+
+    def _new(self, n: int, length: int, n_logits: int, allocator: int | None) -> Graph:
+        return Graph(self.config, self.weights, self.memory, self.blocks, n, length, n_logits, allocator)
+
+    def finish(self, graph: Graph, state: State) -> None:
+        """After a run: the state has moved on by the graph's tokens."""
+        slots = graph.inputs["slots"]
+        for name in graph.forward.new_codes:
+            codes, scales = graph.new_codes(name)
+            state.arrays[name][slots] = codes[-len(slots):]
+            state.arrays[name.removesuffix("s") + "_scales"][slots] = scales[-len(slots):]
+        state.position += graph.n
+        self.position = state.position
+
+    def _mirror(self, state: State) -> None:
+        names = [name for name, a in state.arrays.items() if a.dtype == np.int8]
+        shape = state.arrays[names[0]].shape if names else ()
+        if not names:
+            return
+        size = 4 * int(np.prod(shape))
+        padded = -(-size // 64) * 64
+        block = aligned_empty(padded * len(names))
+        self.blocks.append(block)
+        for i, name in enumerate(names):
+            ring = block[i * padded:i * padded + size].view(np.float32).reshape(shape)
+            np.multiply(state.arrays[name], state.arrays[name.removesuffix("s") + "_scales"][..., None], out=ring)
+            self.memory[name] = ring
+
+    def __del__(self) -> None:
+        for graph in (self.decode, self.prefill):
+            if graph:
+                graph.close()
