@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sbedge.apps.options import add_engine, add_model, add_sampling, sampling_from
+from sbedge.apps.text import without_control
 from sbedge.errors import InputError, SbedgeError, StateError
 from sbedge.runtime.load import load
 from sbedge.runtime.session import Session
@@ -147,7 +148,8 @@ def answer(chat: Chat, line: str, *, commands: bool = True) -> None:
     before = t.decode_tokens, t.decode_seconds
     try:
         for text in chat.reply(line):
-            print(for_terminal(text), end="", flush=True)
+            # A pipe gets the text as it is.
+            print(without_control(text) if sys.stdout.isatty() else text, end="", flush=True)
         print()
     except KeyboardInterrupt:
         print()
@@ -175,10 +177,3 @@ def note(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)
-
-
-def for_terminal(text: str) -> str:
-    """Without the control characters by which a reply could command a terminal; pipes get the text as it is."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c for c in text if c.isprintable() or c in "\n\t" or ord(c) > 0x9f)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import sbedge
+from sbedge.apps.text import one_line
 from sbedge.errors import SbedgeError
 
 # name -> (module with add_arguments(parser) and run(args), one line of help)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         line, code = describe(error)
-        print(f"sbedge: {printable(line)}", file=sys.stderr)
+        print(f"sbedge: {one_line(line)}", file=sys.stderr)
         return code
 
 
@@ -76,11 +77,6 @@ def describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return "not enough memory; see `sbedge inspect MODEL` for what the model needs", USER_ERROR
     return f"unexpected {type(error).__name__}: {error} (a bug; --debug shows the traceback)", BUG
-
-
-def printable(text: str) -> str:
-    """One line without control characters: names inside model files are not trusted with the terminal."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text).strip()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import ExportError
+from sbedge.runtime.load import open_tokenizer
 
 Progress = Callable[[int, int, str], None]      # (bytes done, bytes in total, tensor name)
 
 QUANTS = {"gguf": ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k", "w8-spike"),
-          "onnx": ("f32", "int8", "int4", "w8-spike")}
+          "onnx": ("f32", "int8", "int4")}
 DEFAULT_QUANT = {"gguf": "q8_0", "onnx": "int8"}
-SPIKING_QUANT = "w8-spike"      # the published int8 codes and spiking inputs of a W8ASpike checkpoint
+LOSSLESS_SPIKING = {"gguf": "w8-spike", "onnx": "int8"}     # a W8ASpike checkpoint's own int8 codes, all of them
 
 
 def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format: str | None = None,
@@ -21,7 +22,7 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
     """Export `checkpoint` to `out`: a .gguf file, or for ONNX a folder. Tokenizer and chat template go along.
 
     format            "gguf" or "onnx"; None: by the suffix of `out`
-    quant             one of QUANTS[format]; None: 8 bit, or the spiking form of a W8ASpike checkpoint
+    quant             one of QUANTS[format]; None: 8 bit, lossless for a W8ASpike checkpoint
     embedding_quant   the same for embeddings and lm_head; None: 8 bit where `quant` is 8 bit or less
     force             replace an existing `out`
 
@@ -36,9 +37,13 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
         checkpoint = Checkpoint(checkpoint)
     quant = quant or default_quant(checkpoint, format)
     check_quant(format, quant)
-    check_output(out, force)
+    check_output(checkpoint, out, force)
+    tokenizer = open_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     if format == "gguf":
-        _write_gguf(checkpoint, out, quant, embedding_quant, force, progress)
+        from .gguf.writer import write_gguf
+        metadata = tokenizer.to_gguf_metadata(checkpoint.config.vocab_size) if tokenizer else None
+        write_gguf(checkpoint, out, quant=quant, embedding_quant=embedding_quant, tokenizer_metadata=metadata,
+                   force=force, progress=progress)
     else:
         from .onnx import write_onnx
         write_onnx(checkpoint, out, quant=quant, embedding_quant=embedding_quant, force=force, progress=progress)
@@ -54,7 +59,7 @@ def format_of(out: Path) -> str:
 
 
 def default_quant(checkpoint: Checkpoint, format: str) -> str:
-    return SPIKING_QUANT if checkpoint.is_w8aspike else DEFAULT_QUANT[format]
+    return (LOSSLESS_SPIKING if checkpoint.is_w8aspike else DEFAULT_QUANT)[format]
 
 
 def check_quant(format: str, quant: str) -> None:
@@ -65,21 +70,16 @@ def check_quant(format: str, quant: str) -> None:
                           f"{', '.join(QUANTS[format])}{hint}")
 
 
-def check_output(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise ExportError(f"{out}: exists already; choose another name or use --force")
+def check_output(checkpoint: Checkpoint, out: Path, force: bool) -> None:
+    """Refuse an output that exists; with `force` only what is not an earlier export."""
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out.absolute().parent}: no such folder to write {out.name} in")
-
-
-def _write_gguf(checkpoint: Checkpoint, out: Path, quant: str, embedding_quant: str | None, force: bool,
-                progress: Progress | None) -> None:
-    from sbedge.runtime.load import open_tokenizer
-
-    from .gguf.writer import write_gguf
-
-    vocab_size = checkpoint.config.vocab_size
-    tokenizer = open_tokenizer(checkpoint.folder, vocab_size)
-    metadata = tokenizer.to_gguf_metadata(vocab_size) if tokenizer else None
-    write_gguf(checkpoint, out, quant=quant, embedding_quant=embedding_quant, tokenizer_metadata=metadata,
-               force=force, progress=progress)
+    if not out.exists():
+        return
+    if not force:
+        raise ExportError(f"{out}: exists already; choose another name or use --force")
+    if checkpoint.folder.resolve().is_relative_to(out.resolve()):
+        raise ExportError(f"{out}: the checkpoint itself is there; choose another name")
+    if out.is_dir() and any(out.iterdir()) and not (out / "model.onnx").is_file():
+        raise ExportError(f"{out}: this folder holds something else than an ONNX export and is not replaced; "
+                          "choose another name")
