@@ -78,6 +78,13 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From the `tokenizer.*` keys of a GGUF file, as llama.cpp writes them. Raises TokenizerError."""
+        try:
+            return cls._from_gguf(metadata)
+        except (ValueError, TypeError, OverflowError) as error:  # a value of another type than its key's
+            raise TokenizerError(f"GGUF metadata: a damaged tokenizer key ({error}); export the model again") from None
+
+    @classmethod
+    def _from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         model = metadata.get("tokenizer.ggml.model")
         if model not in ("gpt2", "llama"):
             raise TokenizerError(f"tokenizer.ggml.model: found {model!r}, expected 'gpt2' (byte-level BPE) or "
@@ -91,6 +98,9 @@ class Tokenizer:
         if bad := set(types) - set(TokenType):
             raise TokenizerError(f"tokenizer.ggml.token_type: found {min(bad)}, expected 1..6; export the model again")
         pre = metadata.get("tokenizer.ggml.pre", "default")
+        template = metadata.get("tokenizer.chat_template")
+        if not isinstance(pre, str) or not isinstance(template, (str, type(None))):
+            raise TokenizerError("tokenizer.ggml.pre or tokenizer.chat_template is not a text; export the model again")
         vocabulary: Vocabulary
         if model == "gpt2":
             vocabulary = BpeVocabulary.from_gguf(tokens, types, _strings(metadata, "merges"), pre)
@@ -102,7 +112,6 @@ class Tokenizer:
         ends.update(_ids(metadata.get("tokenizer.ggml.eos_token_ids", ()), "tokenizer.ggml.eos_token_ids"))
         default = model == "llama" or pre == "llama-bpe"  # as llama.cpp
         add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", default)) and ids["bos"] is not None
-        template = metadata.get("tokenizer.chat_template")
         return cls(vocabulary, ids["bos"], ids["eos"], frozenset(ends), add_bos, template)
 
     # --- using -------------------------------------------------------------------------------------

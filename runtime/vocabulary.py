@@ -232,7 +232,7 @@ class SentencePieceVocabulary:
         spec = proto.normalizer_spec
         spec.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         spec.remove_extra_whitespaces = bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False))
-        spec.precompiled_charsmap = bytes(metadata.get("tokenizer.ggml.precompiled_charsmap", b""))
+        spec.precompiled_charsmap = bytes(iter(metadata.get("tokenizer.ggml.precompiled_charsmap", b"")))
         return cls(proto, "GGUF metadata")
 
     def encode(self, text: str) -> list[int]:

@@ -6,6 +6,8 @@ out or out of order changes all that follows.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +37,19 @@ def tiny_config(vocab_size: int) -> ModelConfig:
     })
 
 
+@cache
+def plain_ids(vocabulary) -> list[int]:
+    special = set(vocabulary.special.values())
+    return [i for i in range(vocabulary.size) if vocabulary.token_bytes(i) and i not in special]
+
+
 class FakeEngine:
     """Replies with `script` (token ids) once `cue` was read, else with ids drawn from a hash of all ids."""
 
     def __init__(self, tokenizer, script=(), cue="", vocab_size=None):
         self.config = tiny_config(vocab_size or tokenizer.vocab_size)
         self.tokenizer, self.script, self.cue = tokenizer, list(script), cue
-        usable = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i)]
-        self.usable = [i for i in usable if i not in tokenizer.special_ids]
+        self.usable = plain_ids(tokenizer.vocabulary)
         self.calls: list[list[int]] = []
         self.interrupt_after: int | None = None
 
@@ -303,8 +310,6 @@ def test_a_user_cannot_write_the_markers_of_the_template(tokenizer):
 
 
 def test_chat_without_a_template_says_so():
-    from dataclasses import replace
-
     tokenizer = replace(Tokenizer.from_folder(DATA / "qwen2-subset"), chat_template=None)
     with pytest.raises(InputError, match="no chat template"):
         Session(FakeEngine(tokenizer), tokenizer).chat("Hello")
