@@ -21,8 +21,8 @@ class Graph(Layers):
         c = self.config
         if c.attn_layers:
             frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
-            self.rotary_angles = self.nodes_out(
-                "RotaryAngles", ["position_ids", self.constant("rope.frequencies", frequencies)], 2)
+            self.rotary_angles = self.own(
+                "RotaryAngles", ["position_ids", self.constant("rope.frequencies", frequencies)], ["cos", "sin"])
         h = self.embeddings()                                                       # [1, n, D]
         for i in range(c.num_hidden_layers):
             layer = f"model.layers.{i}."
@@ -40,10 +40,10 @@ class Graph(Layers):
             gate = self.linear(attn + "gk_proj.1", self.linear(attn + "gk_proj.0", x))
         else:
             gate = self.linear(attn + "gk_proj", spiked)
-        y, _ = self.nodes_out(
+        y, _ = self.own(
             "GatedLinearAttention", [q, k, v, gate, self.stored(attn + "g_norm.weight"), f"past.{i}.recurrent"],
-            [attn + "mixed", f"present.{i}.recurrent"], epsilon=self.config.norm_eps, **self.head_sizes())
-        return self.linear(attn + "o_proj", self.spiked(y))
+            ["y", f"present.{i}.recurrent"], epsilon=self.config.norm_eps, **self.head_sizes())
+        return self.linear(attn + "o_proj", self.spiked(self.typed(y, self.config.hidden_size)))
 
     def window_layer(self, i: int, attn: str, x: str) -> str:
         spiked = self.spiked(x)
@@ -53,10 +53,10 @@ class Graph(Layers):
                 {"spike_k": QUERY_SPIKE_K}
         else:
             op, parts, extra = "SlidingWindowAttention", ("key", "value"), {}
-        y, *_ = self.nodes_out(
+        y, *_ = self.own(
             op, [q, k, v, *(f"past_key_values.{i}.{part}" for part in parts), *self.rotary_angles, "position_ids"],
-            [attn + "mixed", *(f"present.{i}.{part}" for part in parts)], **self.head_sizes(), **extra)
-        return self.linear(attn + "o_proj", self.spiked(y))
+            ["y", *(f"present.{i}.{part}" for part in parts)], **self.head_sizes(), **extra)
+        return self.linear(attn + "o_proj", self.spiked(self.typed(y, self.config.hidden_size)))
 
     def ffn(self, mlp: str, x: str) -> str:
         """down(silu(gate(x)) * up(x)); the input of down is never spiked."""
@@ -85,7 +85,8 @@ class Graph(Layers):
             kind = helper.np_dtype_to_tensor_dtype(dtype)
             inputs.append(value(past, kind, (1, *shape)))
             outputs.append(value(present, kind, (1, *shape)))
-        graph = helper.make_graph(self.nodes, "spikingbrain", inputs, outputs, list(self.initializers.values()))
+        graph = helper.make_graph(self.nodes, "spikingbrain", inputs, outputs, list(self.initializers.values()),
+                                  value_info=self.value_info)
         opsets = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid("com.microsoft", 1),
                   helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
         used = {node.op_type for node in self.nodes if node.domain == ops.DOMAIN}

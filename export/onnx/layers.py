@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import WEIGHT_GROUP
@@ -20,7 +20,6 @@ BITS = {"int8": 8, "int4": 4}
 READ_WEIGHTS = 1 << 23          # weights read at a time: what streaming holds in memory
 SLICE_WEIGHTS = 1 << 17         # weights quantized at a time: temporaries stay in the CPU's cache
 WORKERS = 2
-LAST_AXIS_END = np.array([np.iinfo(np.int64).max])
 
 Progress = Callable[[int, int, str], None]
 
@@ -48,23 +47,30 @@ class Layers:
         self.checkpoint, self.data, self.recipe, self.progress = checkpoint, data, recipe, progress
         self.config = checkpoint.config
         self.nodes: list[NodeProto] = []
+        self.value_info: list[ValueInfoProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.bytes_per_weight = {name: checkpoint.rows(name, 0, 1).itemsize for name in checkpoint.names()}
         self.total = sum(prod(checkpoint.shapes[name]) * size for name, size in self.bytes_per_weight.items())
         self.done = 0
 
     # --- nodes -------------------------------------------------------------------------------------
-    def node(self, op: str, inputs: list[str], outputs: int | list[str] = 1, domain: str = "", **attributes) -> str:
-        """Add a node and return its output's name; `nodes_out` does the same for several outputs."""
-        return self.nodes_out(op, inputs, outputs, domain, **attributes)[0]
-
-    def nodes_out(self, op: str, inputs: list[str], outputs: int | list[str], domain: str = ops.DOMAIN,
-                  **attributes) -> list[str]:
+    def node(self, op: str, inputs: list[str], domain: str = "", **attributes) -> str:
+        """Add a node of one output and return that output's name."""
         label = f"{len(self.nodes)}.{op}"
-        if isinstance(outputs, int):
-            outputs = [label, *(f"{label}.{i}" for i in range(1, outputs))]
-        self.nodes.append(helper.make_node(op, inputs, outputs, label, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(op, inputs, [label], label, domain=domain, **attributes))
+        return label
+
+    def own(self, op: str, inputs: list[str], outputs: list[str], **attributes) -> list[str]:
+        """Add a node of our op set. Outputs without a dot are local to the node and get its number."""
+        label = f"{len(self.nodes)}.{op}"
+        outputs = [name if "." in name else f"{label}.{name}" for name in outputs]
+        self.nodes.append(helper.make_node(op, inputs, outputs, label, domain=ops.DOMAIN, **attributes))
         return outputs
+
+    def typed(self, name: str, width: int) -> str:
+        """Declare `name` float32 [1, tokens, width], which shape inference cannot know of ops outside the standard."""
+        self.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, None, width)))
+        return name
 
     def constant(self, name: str, value: np.ndarray) -> str:
         if name not in self.initializers:
@@ -78,7 +84,7 @@ class Layers:
         """`x` as spikes where the model spikes; one encoding serves all linears that read it."""
         if not self.config.spike_k:
             return x
-        return Spikes(*self.nodes_out("SpikeEncode", [x], 2, k=self.config.spike_k))
+        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=self.config.spike_k))
 
     # --- linear layers: x [1, n, K] -> [1, n, N] ---------------------------------------------------
     def linear(self, name: str, x: str | Spikes) -> str:
@@ -92,15 +98,16 @@ class Layers:
 
     def dense(self, name: str, x: str, form: str) -> str:
         weight = name + ".weight"
+        N, K = self.checkpoint.shapes[weight]
         if form == "f32":       # [N, K] as published: FusedMatMul reads it transposed, no second copy is stored
             y = self.node("FusedMatMul", [x, self.stored(weight)], domain="com.microsoft", transB=1)
-            return self.add_bias(name, y)
-        N, K = self.checkpoint.shapes[weight]
+            return self.add_bias(name, self.typed(y, N))
         parts = self.quantized(weight, BITS[form])
         if name + ".bias" in self.checkpoint.shapes:
             parts += ["", self.stored(name + ".bias")]
-        return self.node("MatMulNBits", [x, *parts], domain="com.microsoft", K=K, N=N, bits=BITS[form],
-                         block_size=BLOCK, accuracy_level=4)
+        y = self.node("MatMulNBits", [x, *parts], domain="com.microsoft", K=K, N=N, bits=BITS[form],
+                      block_size=BLOCK, accuracy_level=4)
+        return self.typed(y, N)
 
     def add_bias(self, name: str, y: str) -> str:
         bias = name + ".bias"
@@ -109,20 +116,13 @@ class Layers:
     def spike_linear(self, name: str, x: Spikes) -> str:
         """Int8 codes, input-channel-major, with the few larger codes beside them: no weight is rounded."""
         weight = name + ".weight"
-        if weight + ".codes" not in self.initializers:
-            codes, scales = self.checkpoint.weight_codes(weight)                    # [N, K], [N, K/128]
-            N, K = codes.shape
-            outputs, inputs = np.nonzero((codes < -128) | (codes > 127))
-            beyond = codes[outputs, inputs]
-            stored = np.clip(codes, -128, 127)
-            excess = (beyond - stored[outputs, inputs]) * scales[outputs, inputs // WEIGHT_GROUP]
-            by_input = (stored + 128).astype(np.uint8).T.reshape(K // WEIGHT_GROUP, WEIGHT_GROUP, N)
-            for part, array in (("codes", by_input), ("scales", scales.T), ("residual_inputs", inputs),
-                                ("residual_outputs", outputs), ("residual_values", excess.astype(np.float32))):
-                self.constant(f"{weight}.{part}", np.ascontiguousarray(array))
-            self.advance(weight, codes.size)
-        return self.node("SpikeLinear", [x.count, x.threshold, *(f"{weight}.{part}" for part in (
-            "codes", "scales", "residual_inputs", "residual_outputs", "residual_values"))], domain=ops.DOMAIN)
+        parts = [f"{weight}.{part}" for part in (
+            "codes", "scales", "residual_inputs", "residual_outputs", "residual_values")]
+        if parts[0] not in self.initializers:
+            for part, array in zip(parts, spike_weights(*self.checkpoint.weight_codes(weight)), strict=True):
+                self.constant(part, np.ascontiguousarray(array))
+            self.advance(weight, prod(self.checkpoint.shapes[weight]))
+        return self.own("SpikeLinear", [x.count, x.threshold, *parts], ["y"])[0]
 
     # --- embeddings and lm_head, one stored copy when tied -----------------------------------------
     def embeddings(self) -> str:
@@ -135,8 +135,11 @@ class Layers:
         D = self.config.hidden_size
         # The same bytes as MatMulNBits reads, seen as rows of V.
         rows = self.view(codes, (V, blocks * BLOCK * BITS[form] // 8))
+        if not self.config.tie_word_embeddings:
+            del self.initializers[codes]
         x = self.node("GatherBlockQuantized", [rows, "input_ids", scales, zero_points], domain="com.microsoft",
                       bits=BITS[form], block_size=BLOCK, gather_axis=0, quantize_axis=1)
+        self.typed(x, blocks * BLOCK)
         if blocks * BLOCK == D:
             return x
         return self.node("Slice", [x, *(self.constant(f"embeddings.{part}", np.array([value])) for part, value in (
@@ -200,3 +203,14 @@ class Layers:
         self.done += weights * self.bytes_per_weight[name]
         if self.progress:
             self.progress(self.done, self.total, name)
+
+
+def spike_weights(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes [N, K] and scales [N, K/128] as SpikeLinear takes them: codes + 128 as uint8 [K/128, 128, N], scales
+    [K/128, N], and the codes beyond int8 as inputs, outputs and float32 values of what int8 leaves over."""
+    N, K = codes.shape
+    outputs, inputs = np.nonzero((codes < -128) | (codes > 127))
+    stored = np.clip(codes, -128, 127)
+    excess = (codes - stored)[outputs, inputs] * scales[outputs, inputs // WEIGHT_GROUP]
+    by_input = (stored + 128).astype(np.uint8).T.reshape(K // WEIGHT_GROUP, WEIGHT_GROUP, N)
+    return by_input, scales.T, inputs, outputs, excess.astype(np.float32)

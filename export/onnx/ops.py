@@ -270,12 +270,12 @@ SlidingWindowAttention <num_heads, kv_num_heads, scale>
 """, ring("key", "k_rows") + ring("value", "v_rows"))
 
 # The same with q spiked per head (k = spike_k) and the ring kept as int8 codes and scales [1, W, G]
-SPIKING_WINDOW_ATTENTION = f"""
+SPIKING_WINDOW_ATTENTION = """
 SpikingWindowAttention <num_heads, kv_num_heads, scale, spike_k>
     (q, k, v, past_key, past_key_scale, past_value, past_value_scale, cos, sin, position_ids)
     => (y, present_key, present_key_scale, present_value, present_value_scale)
-""" + window_body(f"""
-    q_count, q_threshold = {DOMAIN}.SpikeEncode <k: float = @spike_k> (q_heads)
+""" + window_body("""
+    q_count, q_threshold = ai.sbedge.SpikeEncode <k: float = @spike_k> (q_heads)
     q_used = Mul (q_count, q_threshold)
     int8_max = Constant <value_float = 127.0> ()
     int8_low = Constant <value_float = -128.0> ()
