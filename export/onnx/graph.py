@@ -48,11 +48,10 @@ class Graph(Layers):
     def window_layer(self, i: int, attn: str, x: str) -> str:
         spiked = self.spiked(x)
         q, k, v = (self.linear(f"{attn}{name}_proj", spiked) for name in "qkv")
+        op, parts, extra = "SlidingWindowAttention", ["key", "value"], {}
         if self.config.int8_window:
-            op, parts, extra = "SpikingWindowAttention", ("key", "key_scale", "value", "value_scale"), \
-                {"spike_k": QUERY_SPIKE_K}
-        else:
-            op, parts, extra = "SlidingWindowAttention", ("key", "value"), {}
+            op, parts = "SpikingWindowAttention", ["key", "key_scale", "value", "value_scale"]
+            extra = {"spike_k": QUERY_SPIKE_K}
         y, *_ = self.own(
             op, [q, k, v, *(f"past_key_values.{i}.{part}" for part in parts), *self.rotary_angles, "position_ids"],
             ["y", *(f"present.{i}.{part}" for part in parts)], **self.head_sizes(), **extra)

@@ -29,7 +29,7 @@ class DataFile:
         self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
         offset = self.file.tell()
         for piece in pieces:
-            self.file.write(memoryview(np.ascontiguousarray(piece, dtype)).cast("B") if piece.size else b"")
+            self.file.write(np.ascontiguousarray(piece, dtype).data if piece.size else b"")
         return reference(name, dtype, shape, offset, self.file.tell() - offset)
 
     def array(self, name: str, array: np.ndarray) -> TensorProto:

@@ -1,0 +1,130 @@
+"""OnnxEngine: an exported ONNX folder on onnxruntime's CPU provider.
+
+The session reads and writes the arrays of a State where they lie. Past and present must not share memory
+while the ops run from their composed bodies, so each step writes into a spare block and the state then
+takes that block over: nothing is copied.
+"""
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import onnxruntime as ort
+
+from sbedge.config import WEIGHT_GROUP, ModelConfig
+from sbedge.errors import ModelFileError, StateError
+from sbedge.state import State, state_layout
+
+from .engine import Logits, checked_ids
+from .onnx_folder import io_names, open_folder
+
+MAX_CHUNK, MIN_CHUNK = 256, 16      # tokens per run of the session
+CHUNK_BYTES = 1 << 26               # what the largest temporary of a run may take
+MAX_BINDINGS = 16
+
+
+class OnnxEngine:
+    """Engine over an ONNX folder. `threads` defaults to the CPUs this process may use; waiting threads sleep.
+
+    Raises ModelFileError, one line, when the folder is missing, damaged or not ours. May be used from
+    several threads at once, each with its own state.
+    """
+
+    def __init__(self, folder: str | Path, *, threads: int | None = None):
+        folder = Path(folder)
+        self.config: ModelConfig = open_folder(folder)
+        self.layout = state_layout(self.config)
+        self.chunk = chunk_tokens(self.config)
+        self._session = open_session(folder, threads or available_cpus())
+        self._run_options = ort.RunOptions()
+        self._spares: list[State] = []
+        self._bindings: OrderedDict[tuple[int, int], ort.IOBinding] = OrderedDict()
+        self._lock = Lock()
+
+    def new_state(self) -> State:
+        """The state before the first token."""
+        return State(self.config)
+
+    def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: Logits = "last") -> np.ndarray | None:
+        """See `Engine.forward`. An interrupt leaves the state after a whole number of tokens."""
+        ids = checked_ids(ids, self.config)                                             # [n]
+        if state.layout != self.layout:
+            raise StateError("the state belongs to a model of other sizes; use this engine's new_state()")
+        rows = {"last": 1, "all": len(ids), "none": 0}[logits]
+        out = np.empty((rows, self.config.vocab_size), np.float32)
+        state.last_logits = None
+        for start in range(0, len(ids), self.chunk):
+            piece = ids[start:start + self.chunk]
+            if logits == "all":
+                self._run(piece, state, out[start:start + len(piece)])
+            else:
+                self._run(piece, state, out if start + len(piece) == len(ids) else out[:0])
+        if not rows:
+            return None
+        state.last_logits = out[-1].copy()
+        return out
+
+    def _run(self, ids: np.ndarray, state: State, logits: np.ndarray) -> None:
+        """One run of the session over ids [n]; logits [k, V] receives those of the last k tokens."""
+        spare = self._spares.pop() if self._spares else self.new_state()
+        try:
+            binding = self._binding(state, spare)
+            binding.bind_cpu_input("input_ids", ids[None])
+            binding.bind_cpu_input("position_ids", np.arange(state.position, state.position + len(ids))[None])
+            binding.bind_cpu_input("logits_to_keep", np.array([len(logits)]))
+            binding.bind_output("logits", "cpu", 0, np.float32, (1, *logits.shape), logits.ctypes.data)
+            self._session.run_with_iobinding(binding, self._run_options)
+            state.exchange_memory(spare)
+            state.position += len(ids)
+        finally:
+            self._spares.append(spare)
+
+    def _binding(self, state: State, spare: State) -> ort.IOBinding:
+        """A binding from the memory of `state` to that of `spare`, made once for each pair of blocks."""
+        key = state.block.ctypes.data, spare.block.ctypes.data
+        with self._lock:
+            binding = self._bindings.pop(key, None)
+            if binding is None:
+                binding = self._bind(state, spare)
+            self._bindings[key] = binding
+            if len(self._bindings) > MAX_BINDINGS:
+                self._bindings.popitem(last=False)
+        return binding
+
+    def _bind(self, state: State, spare: State) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        for name, (shape, dtype) in self.layout.items():
+            past, present = io_names(name)
+            binding.bind_input(past, "cpu", 0, dtype.type, (1, *shape), state.arrays[name].ctypes.data)
+            binding.bind_output(present, "cpu", 0, dtype.type, (1, *shape), spare.arrays[name].ctypes.data)
+        return binding
+
+
+def open_session(folder: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # leave the CPU to others
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    except Exception as error:      # onnxruntime raises many kinds, with no common base
+        reason = " ".join(str(error).split())[:300]
+        raise ModelFileError(f"{folder / 'model.onnx'}: onnxruntime {ort.__version__} cannot load it ({reason}); "
+                             "export it again, or update onnxruntime") from None
+
+
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chunk_tokens(config: ModelConfig) -> int:
+    """Tokens per run, so that the attention scores and the partial sums of spiking linears stay small."""
+    per_token = 4 * config.num_attention_heads * (config.sliding_window + MAX_CHUNK)
+    if config.spike_k:
+        groups = config.hidden_size // WEIGHT_GROUP
+        per_token = max(per_token, 4 * 2 * groups * max(config.intermediate_size, config.hidden_size))
+    return min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // per_token))
