@@ -224,7 +224,9 @@ class SentencePieceVocabulary:
             used -= 1
         proto = _pb.ModelProto()
         for token, score, type in zip(tokens[:used], scores, types, strict=False):
-            proto.pieces.add(piece=token, score=float(score), type=int(type))
+            # llama.cpp spells added text with plain spaces, sentencepiece with its own.
+            text = token.replace(" ", "▁") if type == TokenType.USER_DEFINED else token
+            proto.pieces.add(piece=text, score=float(score), type=int(type))
         proto.trainer_spec.model_type = _pb.TrainerSpec.BPE
         proto.trainer_spec.byte_fallback = any(type == TokenType.BYTE for type in types)
         for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos")):
@@ -256,11 +258,13 @@ class SentencePieceVocabulary:
             raise TokenizerError("tokenizer.model: a unigram model, and GGUF's llama tokenizer is BPE; "
                                  "export to ONNX instead")
         pieces = self._proto.pieces
+        tokens = [piece.piece.replace("▁", " ") if piece.type == TokenType.USER_DEFINED else piece.piece
+                  for piece in pieces]
         pad = range(len(pieces), size)
         spec = self._proto.normalizer_spec
         keys: dict[str, Any] = {
             "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default",
-            "tokenizer.ggml.tokens": [piece.piece for piece in pieces] + [f"[PAD{id}]" for id in pad],
+            "tokenizer.ggml.tokens": tokens + [f"[PAD{id}]" for id in pad],
             "tokenizer.ggml.scores": [piece.score for piece in pieces] + [-10000.0 for _ in pad],
             "tokenizer.ggml.token_type": [int(piece.type) for piece in pieces] + [int(TokenType.UNUSED) for _ in pad],
             "tokenizer.ggml.add_space_prefix": spec.add_dummy_prefix,
