@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes as c
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,9 @@ PACKAGES = {"llama_cpp": "lib", "libggml": "lib64"}     # import name -> folder 
 INSTALL_HINT = "install one with: pip install 'sbedge[ggml]'"
 SUFFIXES = (".so", ".dylib", ".dll")
 
+LOG_LEVELS = (3, 4)     # warnings and errors; the others are chatter
+LOG_CALLBACK = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
+
 _P, _INT, _I64, _SIZE, _F32, _BOOL = c.c_void_p, c.c_int, c.c_int64, c.c_size_t, c.c_float, c.c_bool
 
 
@@ -32,7 +36,7 @@ class InitParams(c.Structure):
 
 # Called thousands of times to build a graph, each for a microsecond: through PyDLL, which keeps the GIL.
 _BUILD = {
-    "ggml_init": (_P, InitParams), "ggml_free": (None, _P),
+    "ggml_log_set": (None, LOG_CALLBACK, _P), "ggml_init": (_P, InitParams), "ggml_free": (None, _P),
     "ggml_tensor_overhead": (_SIZE,), "ggml_graph_overhead_custom": (_SIZE, _SIZE, _BOOL),
     "ggml_new_tensor": (_P, _P, _INT, _INT, _P), "ggml_set_input": (None, _P), "ggml_set_output": (None, _P),
     "ggml_get_data": (_P, _P), "ggml_nbytes": (_SIZE, _P),
@@ -47,7 +51,8 @@ _BUILD = {
     "ggml_clamp": (_P, _P, _P, _F32, _F32), "ggml_swiglu": (_P, _P, _P),
     "ggml_soft_max_ext": (_P, _P, _P, _P, _F32, _F32), "ggml_concat": (_P, _P, _P, _P, _INT),
     "ggml_roll": (_P, _P, _P, _INT, _INT, _INT, _INT), "ggml_pool_1d": (_P, _P, _P, _INT, _INT, _INT, _INT),
-    "ggml_repeat_4d": (_P, _P, _P, _I64, _I64, _I64, _I64), "ggml_permute": (_P, _P, _P, _INT, _INT, _INT, _INT), "ggml_transpose": (_P, _P, _P),
+    "ggml_repeat_4d": (_P, _P, _P, _I64, _I64, _I64, _I64),
+    "ggml_permute": (_P, _P, _P, _INT, _INT, _INT, _INT), "ggml_transpose": (_P, _P, _P),
     "ggml_reshape_2d": (_P, _P, _P, _I64, _I64), "ggml_reshape_3d": (_P, _P, _P, _I64, _I64, _I64),
     "ggml_reshape_4d": (_P, _P, _P, _I64, _I64, _I64, _I64),
     "ggml_view_1d": (_P, _P, _P, _I64, _SIZE), "ggml_view_2d": (_P, _P, _P, _I64, _I64, _SIZE, _SIZE),
@@ -133,7 +138,14 @@ def _declare(folder: Path) -> object:
                 raise EngineUnavailable(f"{folder}: this ggml has no {name}; it is too old, {INSTALL_HINT}")
             function.restype, function.argtypes = result, arguments
             functions[name.removeprefix("ggml_")] = function
+    functions["log_set"](_log, None)
     return type("Functions", (), {k: staticmethod(v) for k, v in functions.items()})
+
+
+@LOG_CALLBACK
+def _log(level: int, text: bytes, _: object) -> None:
+    if level in LOG_LEVELS:
+        sys.stderr.write(text.decode("utf-8", "replace"))
 
 
 def quantize_rows(rows: np.ndarray, type_name: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The contract between a model file and everything that uses it: token ids in, logits out."""
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -42,3 +43,8 @@ def checked_ids(ids: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndar
     if outside.size:
         raise InputError(f"token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}")
     return array.astype(np.int64)
+
+
+def default_threads() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

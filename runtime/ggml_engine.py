@@ -6,7 +6,6 @@ memory, so that a token costs one call; prefill builds a graph for every chunk.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from sbedge.gguf_reader import read_gguf
 from sbedge.quant.ggml_library import load_ggml
 from sbedge.state import State, state_layout
 
-from .engine import Logits, checked_ids
+from .engine import Logits, checked_ids, default_threads
 from .ggml_graph import Graph
 from .ggml_weights import GgmlWeights, aligned_empty
 
@@ -44,7 +43,7 @@ class GgmlEngine:
         self.metadata = self._file.metadata
         self.config: ModelConfig = config_from_metadata(self.metadata, str(self.path))
         self._weights = GgmlWeights(self._file, self.config)
-        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.threads = threads or default_threads()
         self._backend, self._threadpool = self._start_backend()
         self._prefill_memory = self.f.gallocr_new(self.f.backend_cpu_buffer_type())
         self._bound: weakref.WeakKeyDictionary[State, _Bound] = weakref.WeakKeyDictionary()
@@ -94,6 +93,21 @@ class GgmlEngine:
         self.f.backend_cpu_set_n_threads(backend, self.threads)
         self.f.backend_cpu_set_threadpool(backend, threadpool)
         return backend, threadpool
+
+    def close(self) -> None:
+        """Give back all memory; the engine cannot be used afterwards, its states can."""
+        with self._lock:
+            if self._backend:
+                self._bound.clear()
+                self.f.gallocr_free(self._prefill_memory)
+                self.f.backend_free(self._backend)
+                self.f.threadpool_free(self._threadpool)
+                self._weights.close()
+                self._backend = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None):    # absent if loading failed
+            self.close()
 
 
 class _Bound:

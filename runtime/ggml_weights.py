@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -116,7 +117,7 @@ def _join(parts: list[_Source]) -> _Source | None:
     first = parts[0]
     if any(p.type != first.type or p.shape[1:] != first.shape[1:] or p.buffer != first.buffer for p in parts):
         return None
-    if any(a.address + a.nbytes != b.address for a, b in zip(parts, parts[1:], strict=False)):
+    if any(a.address + a.nbytes != b.address for a, b in pairwise(parts)):
         return None
     rows = sum(p.shape[0] for p in parts)
     return first._replace(shape=(rows, *first.shape[1:]), nbytes=sum(p.nbytes for p in parts))

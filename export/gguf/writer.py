@@ -134,8 +134,8 @@ def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
     parts = [part("codes", (width, out), "I8", lambda: split_codes(checkpoint.weight_codes(name)[0])[0]),
              part("scales", (width // WEIGHT_GROUP, out), "F32", lambda: checkpoint.weight_codes(name)[1].T)]
     if len(residual):
-        parts += [part("residual_index", residual.shape, "I32", lambda: split_codes(checkpoint.weight_codes(name)[0])[1]),
-                  part("residual_value", residual.shape, "I32", lambda: split_codes(checkpoint.weight_codes(name)[0])[2])]
+        parts += [part(suffix, residual.shape, "I32", lambda at=at: split_codes(checkpoint.weight_codes(name)[0])[at])
+                  for at, suffix in ((1, "residual_index"), (2, "residual_value"))]
     return parts
 
 
