@@ -27,9 +27,9 @@ class Piece:
 
 
 class ReplyText:
-    """Text of a reply as it becomes final, token by token; without a decoder there is none."""
+    """Text of a reply as it becomes final, token by token."""
 
-    def __init__(self, decoder: StreamDecoder | None, stop: Sequence[str]) -> None:
+    def __init__(self, decoder: StreamDecoder, stop: Sequence[str]) -> None:
         if isinstance(stop, str):
             stop = (stop,)
         if not all(isinstance(text, str) and text for text in stop):
@@ -40,8 +40,6 @@ class ReplyText:
 
     def push(self, id: int) -> tuple[str, bool]:
         """Text that is final now, and whether a stop string was reached; the stop string is left out."""
-        if self._decoder is None:
-            return "", False
         text = self._held + self._decoder.push(id)
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -53,8 +51,8 @@ class ReplyText:
 
     def flush(self) -> str:
         """What was held back, when no more tokens come."""
-        text, self._held = self._held, ""
-        return text if self._decoder is None else text + self._decoder.flush()
+        text, self._held = self._held + self._decoder.flush(), ""
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -56,17 +56,15 @@ class Session:
     timings    work done since the session began or was reset
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, *, sampling: Sampling | None = None,
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, sampling: Sampling | None = None,
                  state: State | None = None) -> None:
-        """`tokenizer` None: token ids only, no text. `state`: go on from there instead of from the start.
+        """`state`: go on from there instead of from the start.
 
         Raises TokenizerError if the tokenizer has ids beyond the model's vocabulary.
         """
-        if tokenizer is not None:
-            tokenizer.check_vocabulary(engine.config.vocab_size)
+        tokenizer.check_vocabulary(engine.config.vocab_size)
         self.engine = engine
         self.tokenizer = tokenizer
-        self.eos_ids = frozenset(engine.config.eos_token_id) if tokenizer is None else tokenizer.eos_ids
         self.state = engine.new_state() if state is None else state
         self.sampler = Sampler(sampling or Sampling())
         self.tokens = array("i")
@@ -131,13 +129,13 @@ class Session:
             others = [m for m in messages if m["role"] != "system"]
             messages = [{"role": "system", "content": system}, *others]
         options = self._options(max_tokens, stop, sampling)
-        tokenizer = self._text()
-        prompt = chat_parts(tokenizer, messages, **variables)
+        prompt = chat_parts(self.tokenizer, messages, **variables)
         new = _continuation(self._transcript(), prompt)
         self._settle()
         if new is None:
             self._forget()
-        reply = self._chat(messages, prompt, tokenizer.encode_parts(prompt if new is None else new), options)
+        ids = self.tokenizer.encode_parts(prompt if new is None else new)
+        reply = self._chat(messages, prompt, ids, options)
         self._running = reply
         return reply
 
@@ -171,7 +169,7 @@ class Session:
         self.state.save(path, {"session": json.dumps(self._record())})
 
     @classmethod
-    def load(cls, path: str | Path, engine: Engine, tokenizer: Tokenizer | None) -> Session:
+    def load(cls, path: str | Path, engine: Engine, tokenizer: Tokenizer) -> Session:
         """A saved session, to go on with the very tokens it would have drawn. Raises StateError."""
         extra = State.load_extra(path)
         if "session" not in extra:
@@ -210,17 +208,12 @@ class Session:
 
     # --- how it works ------------------------------------------------------------------------------
 
-    def _text(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InputError("this model came without a tokenizer; give token ids, or put its tokenizer files there")
-        return self.tokenizer
-
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; the very first one gets the tokenizer's beginning-of-text token."""
         if isinstance(prompt, str):
             if not prompt:
                 raise InputError("the prompt is empty; give at least one character")
-            prompt = self._text().encode(prompt, add_bos=None if self.state.position == 0 else False)
+            prompt = self.tokenizer.encode(prompt, add_bos=None if self.state.position == 0 else False)
         return checked_ids(prompt, self.engine.config).tolist()
 
     def _options(self, max_tokens: int | None, stop: Sequence[str], sampling: Sampling | None
@@ -228,10 +221,7 @@ class Session:
         if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int)
                                        or max_tokens < 1):
             raise InputError(f"max_tokens is {max_tokens!r}, expected a whole number from 1, or None for no limit")
-        decoder = None
-        if self.tokenizer is not None:
-            decoder = StreamDecoder(self.tokenizer, skip_special=True, at_start=False)
-        text = ReplyText(decoder, stop)
+        text = ReplyText(StreamDecoder(self.tokenizer, skip_special=True, at_start=False), stop)
         return max_tokens, text, self.sampler if sampling is None else Sampler(sampling)
 
     def _advance(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
@@ -278,7 +268,7 @@ class Session:
         for number in count(1):
             sample = self._draw(sampler)
             drawn.append(sample)
-            if sample.id in self.eos_ids:
+            if sample.id in self.tokenizer.eos_ids:
                 yield _piece(text.flush(), drawn, "eos")
                 return
             self.pending = [sample.id]
@@ -289,7 +279,7 @@ class Session:
             if number == max_tokens:
                 yield _piece(new + text.flush(), drawn, "length")
                 return
-            if new or self.tokenizer is None:
+            if new or not self.tokenizer.vocab_size:  # without a tokenizer there is never text to wait for
                 yield _piece(new, drawn)
                 drawn = []
 
@@ -310,13 +300,13 @@ class Session:
         return [] if self._turn is None else [*self.tokens[self._turn.start :], *self.pending]
 
     def _reply_text(self) -> str:
-        return self._text().decode(self._reply_ids(), skip_special=True, at_start=False)
+        return self.tokenizer.decode(self._reply_ids(), skip_special=True, at_start=False)
 
     def _transcript(self) -> Parts | None:
         """What the state has read, as parts; None when that is not known to be a conversation."""
         if self._turn is None:
             return [] if self.state.position == 0 and not self.pending else None
-        if not self._text().special_ids.isdisjoint(self._reply_ids()):
+        if not self.tokenizer.special_ids.isdisjoint(self._reply_ids()):
             return None  # the reply holds a marker that its text does not show
         return [*self._turn.prompt, self._reply_text()]
 

@@ -16,6 +16,7 @@ import pytest
 from sbedge.config import ModelConfig
 from sbedge.errors import InputError, StateError, TokenizerError
 from sbedge.runtime.engine import checked_ids
+from sbedge.runtime.load import ids_only
 from sbedge.runtime.sampling import Sampling
 from sbedge.runtime.session import Session
 from sbedge.runtime.tokenizer import Tokenizer
@@ -231,10 +232,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
         Session(FakeEngine(tokenizer, vocab_size=1000), tokenizer)
 
 
-def test_without_a_tokenizer_ids_work_and_text_is_refused(tokenizer):
-    session = Session(FakeEngine(tokenizer), None)
-    assert len(list(session.generate([1, 2], max_tokens=3))) == 3
-    with pytest.raises(InputError, match="tokenizer"):
+def test_without_a_tokenizer_ids_stream_and_text_is_refused(tokenizer):
+    engine = FakeEngine(tokenizer)
+    session = Session(engine, ids_only(engine.config, "model.gguf"))
+    assert [len(piece.ids) for piece in session.generate([1, 2], max_tokens=3)] == [1, 1, 1]
+    with pytest.raises(TokenizerError, match="no tokenizer"):
         session.generate("text")
 
 
