@@ -39,3 +39,24 @@ def edit_tensors(folder: Path, *, remove: str = "", add: dict[str, np.ndarray] |
 def truncate(path: Path, share: float = 0.5) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:int(share * len(data))])
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def add_tokenizer(folder: Path, *, chat: bool = True, extra_tokens: int = 0) -> Path:
+    """Give a checkpoint ChatML and a tokenizer: the bytes, "ab", 3 special tokens and `extra_tokens` more."""
+    import tokenizers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, "ab", *(f"extra{i}" for i in range(extra_tokens))]
+    model = tokenizers.models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[("a", "b")])
+    hf = tokenizers.Tokenizer(model)
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    hf.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    hf.save(str(folder / "tokenizer.json"))
+    settings = {"add_bos_token": False, "eos_token": "<|im_end|>", **({"chat_template": CHATML} if chat else {})}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
