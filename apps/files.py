@@ -33,6 +33,8 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())      # mkstemp makes files only their owner can read
         os.replace(temporary, path)
     except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise       # trouble with another file, such as one the block reads
         raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
