@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 import sbedge
 from sbedge.apps.text import one_line
@@ -31,6 +32,9 @@ OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (argparse itself exits with 0 for help and 2 for bad usage)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):       # a character the terminal lacks is no reason to stop
+            stream.reconfigure(errors="replace")
     args = build_parser(argv).parse_args(argv)
     debug = args.debug or bool(os.environ.get("SBEDGE_DEBUG"))
     try:

@@ -120,6 +120,12 @@ def test_a_reader_that_goes_away_is_no_error(model: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_character_that_the_terminal_lacks_is_no_error(model: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "sbedge", "tokenize", model, "-p", "\xe9"],
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "2 tokens\n") and "?" in done.stdout
+
+
 # --- generate ----------------------------------------------------------------------------------------
 def test_generate_prints_only_the_reply(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", model, "-p", "hello", "-n", "8"]) == 0
@@ -212,7 +218,7 @@ def test_logits_are_those_of_the_reference_in_any_chunking(chunk: list[str], tmp
     found = np.load(tmp_path / "x.npy")
     model = Reference(TINY)
     wanted = model.forward(ids, model.new_state(), logits="all")
-    assert found.dtype == np.float32 and found.shape == (50, 320)
+    assert wanted is not None and found.dtype == np.float32 and found.shape == (50, 320)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 

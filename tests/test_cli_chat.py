@@ -229,7 +229,12 @@ def test_progress_is_silent_off_a_terminal(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_line_editor_is_used_on_a_terminal_only(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    monkeypatch.setattr(terminal, "line_editor", lambda: used.append("editor") or lines())
+
+    def editor() -> Callable[[], str]:
+        used.append("editor")
+        return lines()
+
+    monkeypatch.setattr(terminal, "line_editor", editor)
     monkeypatch.setattr(terminal, "read_line", lines())
     talk(chat)
     assert used == []

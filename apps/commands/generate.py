@@ -55,8 +55,7 @@ def reply_object(prompt: str, pieces: list[Piece], session: Session) -> dict[str
     """What --json prints; `tokens` has one entry for each token drawn, an end token included."""
     tokens = []
     for piece in pieces:
-        tops = piece.top_logprobs or ([],) * len(piece.ids)
-        for id, logprob, top in zip(piece.ids, piece.logprobs, tops, strict=True):
+        for id, logprob, top in zip(piece.ids, piece.logprobs, piece.top_logprobs, strict=True):
             token: dict[str, Any] = {"id": id, "text": session.tokenizer.token_text(id), "logprob": logprob}
             if top:
                 token["top"] = [{"id": i, "text": session.tokenizer.token_text(i), "logprob": p} for i, p in top]
