@@ -36,7 +36,7 @@ def open_folder(folder: Path) -> ModelConfig:
 def read_config(path: Path) -> ModelConfig:
     block = read_json(path).get("sbedge")
     if not isinstance(block, dict) or not isinstance(block.get("config"), dict):
-        raise ModelFileError(f"{path}: has no 'sbedge' block; expected a folder that `sbedge export --format onnx` made")
+        raise ModelFileError(f"{path}: has no 'sbedge' block; expected a folder made by `sbedge export`")
     try:
         config = ModelConfig.from_dict(block["config"], source=str(path))
     except CheckpointError as error:

@@ -14,7 +14,8 @@ def weights(rows, inputs, seed=0):
     return np.random.default_rng(seed).standard_normal((rows, inputs)).astype(np.float32)
 
 
-@given(st.integers(1, 9), st.integers(1, 130), st.integers(0, 99), st.floats(-30, 30), st.sampled_from([1e-6, 1.0, 1e6]))
+@given(st.integers(1, 9), st.integers(1, 130), st.integers(0, 99), st.floats(-30, 30),
+       st.sampled_from([1e-6, 1.0, 1e6]))
 @settings(max_examples=60, deadline=None)
 def test_int8_moves_no_weight_by_more_than_a_step(rows, inputs, seed, shift, size):
     weight = (weights(rows, inputs, seed) + np.float32(shift)) * np.float32(size)

@@ -37,8 +37,7 @@ def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4
     """
     folder = Path(folder)
     recipe = checked_recipe(checkpoint, quant, embedding_quant)
-    if os.path.lexists(folder) and not force:
-        raise ExportError(f"{folder}: already exists; choose another name or pass --force to replace it")
+    check_replaceable(folder, force)
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +50,16 @@ def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4
     finally:        # also after an interrupt
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, force: bool) -> None:
+    """An existing folder may be replaced with `force`, but only by what it is: an ONNX folder."""
+    if not os.path.lexists(folder):
+        return
+    if not force:
+        raise ExportError(f"{folder}: already exists; choose another name or pass --force to replace it")
+    if not (folder / "model.onnx").is_file():
+        raise ExportError(f"{folder}: is not an ONNX folder, so --force does not replace it; choose another name")
 
 
 def checked_recipe(checkpoint: Checkpoint, quant: str, embedding_quant: str | None) -> Recipe:
