@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):       # a character the terminal lacks is no reason to stop
             stream.reconfigure(errors="replace")
-    args = build_parser(argv).parse_args(argv)
-    debug = args.debug or bool(os.environ.get("SBEDGE_DEBUG"))
+    debug = "--debug" in argv or bool(os.environ.get("SBEDGE_DEBUG"))
     try:
+        args = build_parser(argv).parse_args(argv)
         command = import_module(f"sbedge.apps.{COMMANDS[args.command][0]}")
         return command.run(args) or OK
     except KeyboardInterrupt:

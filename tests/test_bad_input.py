@@ -5,7 +5,8 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,23 @@ def test_a_disk_that_fills_up_midway_leaves_nothing(out: str, checkpoint: Path, 
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"sbedge: {tmp_path / out}: cannot be written")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["m.gguf", "m-onnx"])
+def test_an_interrupted_export_leaves_nothing(
+        out: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    @contextmanager
+    def interrupting() -> Iterator[Callable[..., None]]:
+        def report(what: str, done: int, total: int) -> None:
+            if done > total // 2:
+                raise KeyboardInterrupt
+        yield report
+
+    monkeypatch.setattr("sbedge.apps.commands.export.progress_bar", interrupting)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["export", str(checkpoint), "-o", str(tmp_path / out)]) == 130
+    assert sorted(tmp_path.rglob("*")) == before and capsys.readouterr() == ("", "")
 
 
 def test_a_state_that_does_not_fit_on_the_disk_leaves_nothing(
