@@ -108,7 +108,7 @@ def test_tied_embeddings_are_stored_once(tmp_path):
 
 
 def test_progress_counts_every_byte_of_the_source(tmp_path):
-    seen = []
+    seen: list[tuple[int, int, str]] = []
     checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path / "c", dtype="BF16"))
     for quant in ("f32", "int4"):
         seen.clear()
@@ -123,7 +123,7 @@ def test_progress_counts_every_byte_of_the_source(tmp_path):
 def test_an_existing_folder_is_kept_unless_forced(tmp_path):
     checkpoint = Checkpoint(TINY)
     write_onnx(checkpoint, tmp_path / "m", quant="f32")
-    with pytest.raises(ExportError, match="already exists.*--force"):
+    with pytest.raises(ExportError, match=r"already exists.*--force"):
         write_onnx(checkpoint, tmp_path / "m", quant="int8")
     assert json.loads((tmp_path / "m/config.json").read_text())["sbedge"]["quantization"]["linear"] == "f32"
     write_onnx(checkpoint, tmp_path / "m", quant="int8", force=True)
@@ -256,8 +256,8 @@ def test_data_outside_the_folder_is_refused(model, location):
 
 def test_data_outside_the_folder_is_found_in_function_bodies_too(model):
     def edit(proto):
-        constant = next(n for f in proto.functions for n in f.node if n.op_type == "Constant" and n.attribute[0].HasField("t"))
-        tensor = constant.attribute[0].t
+        nodes = (node for function in proto.functions for node in function.node)
+        tensor = next(a.t for node in nodes for a in node.attribute if a.HasField("t"))
         tensor.ClearField("float_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="/etc/passwd")
