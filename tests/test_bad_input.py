@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden import TINY, W8ASPIKE, add_tokenizer, copy_checkpoint, edit_config, edit_tensors, truncate
 
 import sbedge
 from sbedge.apps import cli
 from sbedge.quant.ggml_library import ggml_available
-from tests.golden import TINY, W8ASPIKE, add_tokenizer, copy_checkpoint, edit_config, edit_tensors, truncate
 
 ROOT = Path(sbedge.__file__).parents[1]
 needs_ggml = pytest.mark.skipif(not ggml_available(), reason="the ggml libraries are not installed")

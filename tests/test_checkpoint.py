@@ -7,11 +7,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from golden import TINY, W8ASPIKE, copy_checkpoint, edit_config, edit_tensors, truncate
 from safetensors.numpy import load_file, save_file
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import CheckpointError
-from tests.golden import TINY, W8ASPIKE, copy_checkpoint, edit_config, edit_tensors, truncate
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden import TINY, W8ASPIKE, add_tokenizer, copy_checkpoint
 
 import sbedge
 from sbedge.apps import cli
@@ -18,7 +19,6 @@ from sbedge.errors import ExportError
 from sbedge.export import QUANTS
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.reference import Reference
-from tests.golden import TINY, W8ASPIKE, add_tokenizer, copy_checkpoint
 
 ROOT = Path(sbedge.__file__).parents[1]
 needs_ggml = pytest.mark.skipif(not ggml_available(), reason="the ggml libraries are not installed")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from golden import TINY, add_tokenizer, copy_checkpoint
 
 import sbedge
 from sbedge.apps import chat as terminal
@@ -15,7 +16,6 @@ from sbedge.apps.chat import Chat, Exit, talk
 from sbedge.apps.text import without_control
 from sbedge.errors import InputError, StateError
 from sbedge.quant.ggml_library import ggml_available
-from tests.golden import TINY, add_tokenizer, copy_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden import TINY, W8ASPIKE, add_tokenizer, copy_checkpoint
 
 import sbedge
 from sbedge.errors import CheckpointError, EngineUnavailable, InputError, ModelFileError, TokenizerError
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.reference import Reference
 from sbedge.runtime import load as loading
-from tests.golden import TINY, W8ASPIKE, add_tokenizer, copy_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden import FOLDERS, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sbedge.errors import InputError, StateError
 from sbedge.reference import Reference, int8_encode, rope_angles, spike_encode
 from sbedge.state import State
-from tests.golden import FOLDERS, TINY
 
 TOLERANCE = 1e-4
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden import TINY, W8ASPIKE, truncate
 from safetensors.numpy import load_file, save_file
 
 from sbedge.errors import StateError
 from sbedge.reference import Reference
 from sbedge.state import State
-from tests.golden import TINY, W8ASPIKE, truncate
 
 
 @pytest.fixture(scope="module", params=[TINY, W8ASPIKE], ids=lambda folder: folder.name)
