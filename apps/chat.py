@@ -139,22 +139,26 @@ def take_turn(chat: Chat, read: Callable[[], str]) -> bool:
     return True
 
 
-def answer(chat: Chat, line: str, *, commands: bool = True) -> None:
+def answer(chat: Chat, line: str) -> None:
     """One turn. Ctrl-C ends the reply; what was said stays in the conversation."""
-    if commands and line.lstrip().startswith("/"):
+    if line.lstrip().startswith("/"):
         note(chat.command(line))
         return
     t = chat.session.timings
     before = t.decode_tokens, t.decode_seconds
     try:
-        for text in chat.reply(line):
-            # A pipe gets the text as it is.
-            print(without_control(text) if sys.stdout.isatty() else text, end="", flush=True)
-        print()
+        print_reply(chat, line)
     except KeyboardInterrupt:
         print()
         note("stopped")
     note(chat.status(*before))
+
+
+def print_reply(chat: Chat, message: str) -> None:
+    """The reply on standard output as it comes; a pipe gets the text as it is."""
+    for text in chat.reply(message):
+        print(without_control(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print()
 
 
 def read_line() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sbedge.apps.chat import add_chat_options, answer, make_chat, note, talk
+from sbedge.apps.chat import add_chat_options, make_chat, note, print_reply, talk
 from sbedge.apps.demo_model import cache_folder, fetch_weights, write_demo_checkpoint
 from sbedge.apps.options import read_prompt, sampling_from
 from sbedge.apps.progress import progress_bar
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         note("SmolLM2-135M, a small stand-in for SpikingBrain: expect fluent English and loose facts")
         talk(chat)
     else:
-        answer(chat, prompt, commands=False)
+        print_reply(chat, prompt)
 
 
 def default_engine() -> str:
