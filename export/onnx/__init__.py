@@ -17,6 +17,7 @@ from sbedge.errors import ExportError
 from .genai import genai_config
 from .graph import Graph
 from .layers import Progress, Recipe
+from .ops import MAX_COUNT
 from .weights import DataFile
 
 FORMS = ("f32", "int8", "int4")
@@ -70,6 +71,10 @@ def checked_recipe(checkpoint: Checkpoint, quant: str, embedding_quant: str | No
     if checkpoint.is_w8aspike and quant == "int4":
         raise ExportError(f"{checkpoint.folder}: a W8ASpike checkpoint has 8-bit weights, which int4 would lose; "
                           "use --quant int8 or f32, both exact")
+    D, k = checkpoint.config.hidden_size, checkpoint.config.spike_k
+    if quant == "int8" and k * D > MAX_COUNT:       # the count of a channel that holds all the activity
+        raise ExportError(f"{checkpoint.folder}: hidden size {D} allows spike counts beyond {MAX_COUNT}, "
+                          "which an int8 export cannot sum exactly; use --quant f32")
     return Recipe(quant, embedding_quant)
 
 

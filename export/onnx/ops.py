@@ -12,6 +12,7 @@ DOMAIN = "ai.sbedge"
 VERSION = 1
 OPSET = 23              # the first with RMSNormalization and RotaryEmbedding
 IR_VERSION = 11         # the one of opset 23
+MAX_COUNT = 127 * 256 + 127     # what SpikeLinear sums exactly: two signed base-256 digits
 HEADER = f'<opset_import: ["" : {OPSET}, "com.microsoft" : 1, "{DOMAIN}" : {VERSION}], domain: "{DOMAIN}">\n'
 
 # x [..., channels] -> count [..., channels] (whole numbers), threshold [..., 1]
@@ -40,7 +41,8 @@ SpikeEncode <k> (x) => (count, threshold) {
 #     +-----c - 256 * high-------> low digit ------+-- MatMulInteger -> combine -> x --sum groups--+
 #     +-- one token at a time: gather inputs, times values, scatter-add to outputs ----------------+-- x threshold
 #
-# |count| <= k * K always holds (the mean is at least max / K), which two digits cover up to k * K = 32639.
+# |count| <= k * K, because mean|x| >= max|x| / K (up to the threshold's cap of 1e4, which no sane input reaches);
+# so two digits are enough while k * K <= MAX_COUNT.
 SPIKE_LINEAR = """
 SpikeLinear (count, threshold, codes, scales, residual_inputs, residual_outputs, residual_values) => (y) {
     base = Constant <value_float = 256.0> ()
@@ -129,8 +131,8 @@ RotaryAngles (position_ids, inverse_frequencies) => (cos, sin) {
 #   position_ids --VISIBLE--> visible -----------|---------------------------------^
 #   past --------------------------------------- +--> RING: the last min(n, W) rows go to slots position % W
 #
-# (GroupQueryAttention is not used: its window cache is kept in arrival order, [G, W, d], and its angles
-# come from a table with a row for every position, so neither a ring nor unbounded positions fit.)
+# (GroupQueryAttention is not used: it keeps its window cache in arrival order as [G, W, d], where ours is a
+# ring [W, G, d], and reads angles from a table with a row per position, where our positions are unbounded.)
 
 # Which of the W ring slots and n new tokens each query sees. Slot s holds the latest position before
 # the first new one that equals s modulo W; a negative position means the slot was never written.
