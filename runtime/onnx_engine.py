@@ -50,13 +50,12 @@ class OnnxEngine:
         return State(self.config)
 
     def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: Logits = "last") -> np.ndarray | None:
-        """See `Engine.forward`. An interrupt leaves the state after a whole number of tokens."""
+        """See `Engine.forward`. An interrupt leaves the state as it was after the last finished run."""
         ids = checked_ids(ids, self.config)                                             # [n]
         if state.layout != self.layout:
             raise StateError("the state belongs to a model of other sizes; use this engine's new_state()")
         rows = {"last": 1, "all": len(ids), "none": 0}[logits]
         out = np.empty((rows, self.config.vocab_size), np.float32)
-        state.last_logits = None
         for start in range(0, len(ids), self.chunk):
             piece = ids[start:start + self.chunk]
             if logits == "all":
@@ -73,13 +72,15 @@ class OnnxEngine:
         spare = self._spares.pop() if self._spares else self.new_state()
         try:
             binding = self._binding(state, spare)
-            binding.bind_cpu_input("input_ids", ids[None])
-            binding.bind_cpu_input("position_ids", np.arange(state.position, state.position + len(ids))[None])
-            binding.bind_cpu_input("logits_to_keep", np.array([len(logits)]))
+            inputs = {"input_ids": ids[None], "logits_to_keep": np.array([len(logits)], np.int64),
+                      "position_ids": np.arange(state.position, state.position + len(ids), dtype=np.int64)[None]}
+            for name, array in inputs.items():      # `inputs` keeps the arrays alive during the run
+                binding.bind_cpu_input(name, array)
             binding.bind_output("logits", "cpu", 0, np.float32, (1, *logits.shape), logits.ctypes.data)
             self._session.run_with_iobinding(binding, self._run_options)
             state.exchange_memory(spare)
             state.position += len(ids)
+            state.last_logits = None
         finally:
             self._spares.append(spare)
 

@@ -46,7 +46,8 @@ def test_published_logits_and_greedy_tokens_are_matched(folder, quant, tmp_path)
     same(golden["logits_stream"], streamed, 1e-3)
     greedy = []
     for _ in golden["greedy_ids"]:
-        greedy.append(int(np.argmax(state.last_logits)))
+        assert state.last_logits is not None
+        greedy.append(int(state.last_logits.argmax()))
         engine.forward(greedy[-1:], state)
     assert greedy == golden["greedy_ids"].tolist()
 
@@ -204,6 +205,26 @@ def test_bad_ids_and_foreign_states_leave_the_state_untouched(pair, tmp_path):
     with pytest.raises(StateError, match="other sizes"):
         engine.forward([1], foreign)
     assert foreign.position == 0 and not foreign.block.any()
+
+
+def test_an_interrupted_run_leaves_the_state_as_it_was(pair, monkeypatch):
+    engine, *_ = pair
+    _, state = run(engine, ids_of(engine.config, 12))
+    before = state.copy()
+
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(session, name)
+
+        def run_with_iobinding(self, *arguments):
+            session.run_with_iobinding(*arguments)
+            raise KeyboardInterrupt
+
+    session = engine._session
+    monkeypatch.setattr(engine, "_session", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        engine.forward([1, 2, 3], state)
+    assert state == before and state.last_logits is not None
 
 
 def test_copies_of_a_state_go_their_own_ways(pair):

@@ -41,7 +41,6 @@ def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4
     check_replaceable(folder, force)
     temporary = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         write_model(checkpoint, temporary, recipe, progress)
         write_sidecars(checkpoint, temporary, recipe)
