@@ -26,11 +26,11 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf.quants import dequantize
-from sbedge.runtime.tokenizer import Tokenizer
 
 from sbedge.checkpoint import expected_tensors
 from sbedge.config import ModelConfig
 from sbedge.errors import ExportError, ModelFileError, SbedgeError
+from sbedge.runtime.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, bytes done, bytes in total)."""

@@ -25,7 +25,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
 
 from sbedge.apps.demo_model import new_folder, safetensors_header
-
 from sbedge.checkpoint import expected_tensors
 from sbedge.config import WEIGHT_GROUP, ModelConfig
 from sbedge.errors import InputError, SbedgeError

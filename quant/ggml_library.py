@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -35,7 +36,7 @@ class InitParams(c.Structure):
 
 
 # Called thousands of times to build a graph, each for a microsecond: through PyDLL, which keeps the GIL.
-_BUILD = {
+_BUILD: dict[str, tuple[Any, ...]] = {
     "ggml_log_set": (None, LOG_CALLBACK, _P), "ggml_init": (_P, InitParams), "ggml_free": (None, _P),
     "ggml_tensor_overhead": (_SIZE,), "ggml_graph_overhead_custom": (_SIZE, _SIZE, _BOOL),
     "ggml_new_tensor": (_P, _P, _INT, _INT, _P), "ggml_set_input": (None, _P), "ggml_set_output": (None, _P),
@@ -71,7 +72,7 @@ _BUILD = {
     "ggml_threadpool_new": (_P, _P),
 }
 # Called to do work: through CDLL, which releases the GIL.
-_WORK = {
+_WORK: dict[str, tuple[Any, ...]] = {
     "ggml_backend_graph_compute": (_INT, _P, _P), "ggml_gallocr_alloc_graph": (_BOOL, _P, _P),
     "ggml_quantize_chunk": (_SIZE, _INT, _P, _P, _I64, _I64, _I64, _P),
     "ggml_backend_tensor_set": (None, _P, _P, _SIZE, _SIZE),
@@ -84,7 +85,7 @@ class GgmlLibrary:
     """Loaded libraries: every declared function is an attribute of `f`, without its `ggml_` prefix."""
 
     package: str
-    f: object
+    f: Any
 
 
 @cache
@@ -123,7 +124,7 @@ def _library(folder: Path, stem: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _declare(folder: Path) -> object:
+def _declare(folder: Path) -> Any:
     # In the order of their dependence on each other; by full path, so that each is loaded once.
     paths = [path for stem in ("ggml-base", "ggml-cpu", "ggml") if (path := _library(folder, stem))]
     try:

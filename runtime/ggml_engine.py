@@ -57,17 +57,15 @@ class GgmlEngine:
         ids = checked_ids(ids, self.config)
         if state.layout != state_layout(self.config):
             raise StateError("the state belongs to a model of other sizes")
-        rows = []
+        rows: list[np.ndarray] = []
         for start, stop in self._chunks(len(ids), logits):
             n_logits = {"all": stop - start, "last": int(stop == len(ids)), "none": 0}[logits]
             with self._lock:
-                rows.append(self._advance(ids[start:stop], state, n_logits))
-        state.last_logits = None
-        if logits == "none":
-            return None
-        out = rows[-1] if logits == "last" else np.concatenate(rows)
-        state.last_logits = out[-1].copy()
-        return out
+                out = self._advance(ids[start:stop], state, n_logits)
+            if out is not None:
+                rows.append(out)
+        state.last_logits = rows[-1][-1].copy() if rows else None
+        return np.concatenate(rows) if rows else None
 
     def _chunks(self, count: int, logits: Logits) -> list[tuple[int, int]]:
         size = CHUNK if logits != "all" else max(1, min(CHUNK, LOGITS_BYTES // (4 * self.config.vocab_size)))

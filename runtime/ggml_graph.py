@@ -15,7 +15,7 @@ from .ggml_model import Forward, Ops
 from .ggml_weights import ALIGNMENT, GgmlWeights, aligned_empty
 
 NODES_PER_LAYER = 128       # more than any layer makes
-DTYPES = {"F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+DTYPES: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 
 
 class Graph:
@@ -57,14 +57,17 @@ class Graph:
     def _make_inputs(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         c, n = self.config, self.n
         keys = self.length if n == 1 else self.length + n
-        shapes = {"ids": ("I32", (n,)), "cos": ("F32", (n, 1, c.head_dim)), "sin": ("F32", (n, 1, c.head_dim)),
-                  "mask": ("F32", (n, keys)), "slots": ("I64", (min(n, c.sliding_window),)),
-                  "k": ("F32", (1,)), "query_k": ("F32", (1,)), "127": ("F32", (1,))}
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+            "ids": ("I32", (n,)), "cos": ("F32", (n, 1, c.head_dim)), "sin": ("F32", (n, 1, c.head_dim)),
+            "mask": ("F32", (n, keys)), "slots": ("I64", (min(n, c.sliding_window),)),
+            "k": ("F32", (1,)), "query_k": ("F32", (1,)), "127": ("F32", (1,))}
         sizes = {name: int(np.prod(shape)) * DTYPES[kind].itemsize for name, (kind, shape) in shapes.items()}
         padded = {name: -(-size // ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}
         block = aligned_empty(sum(padded.values()))
         self._buffers.append(self.f.backend_cpu_buffer_from_ptr(block.ctypes.data, block.nbytes))
-        inputs, leaves, at = {}, {}, 0
+        inputs: dict[str, np.ndarray] = {}
+        leaves: dict[str, int] = {}
+        at = 0
         for name, (kind, shape) in shapes.items():
             inputs[name] = block[at:at + sizes[name]].view(DTYPES[kind]).reshape(shape)
             leaves[name] = self._leaf(kind, shape, inputs[name], self._buffers[-1])

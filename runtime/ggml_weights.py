@@ -144,7 +144,8 @@ def check_tensors(file: GgufFile, config: ModelConfig) -> None:
 
 def _check_event_layout(file: GgufFile, name: str, shape: tuple[int, ...]) -> set[str]:
     stem, (out, width) = name.removesuffix("weight"), shape
-    wanted = {stem + "codes": ("I8", (width, out)), stem + "scales": ("F32", (width // WEIGHT_GROUP, out))}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        stem + "codes": ("I8", (width, out)), stem + "scales": ("F32", (width // WEIGHT_GROUP, out))}
     if stem + "residual_index" in file.tensors:
         count = file.tensors[stem + "residual_index"].shape
         wanted |= {stem + "residual_index": ("I32", count), stem + "residual_value": ("I32", count)}

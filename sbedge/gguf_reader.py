@@ -77,7 +77,7 @@ class _Parser:
     """Walks the header once. `need` guards every read and every count."""
 
     def __init__(self, data: np.ndarray):
-        self.view = memoryview(data)
+        self.view: memoryview = data.data
         self.size = len(self.view)
         self.at = 0
 

@@ -69,17 +69,17 @@ class Reference:
         """Gated linear attention: S_t = exp(g_t) * S_(t-1) + k_t v_t^T ; o_t = q_t S_t / sqrt(d)."""
         c, attn = self.config, f"model.layers.{i}.attn."
         n, G, d = len(x), c.num_key_value_heads, c.head_dim
-        q = relu(self.linear(attn + "q_proj", x)).reshape(n, G, c.group_size, d) * d ** -0.5
+        q = relu(self.linear(attn + "q_proj", x)).reshape(n, G, c.group_size, d) * np.float32(d ** -0.5)
         k = relu(self.linear(attn + "k_proj", x)).reshape(n, G, d)
         v = self.linear(attn + "v_proj", x).reshape(n, G, d)
         log_decay = log_sigmoid(self.gate(attn, x)).reshape(n, G, d) / GATE_DIVISOR
         S = state.arrays[f"{i}.recurrent_state"]                                    # [G, d_k, d_v]
-        o = np.empty_like(q)                                                        # [n, G, H/G, d]
+        o = np.empty(q.shape, np.float32)                                           # [n, G, H/G, d]
         for t in range(n):
             S[...] = np.exp(log_decay[t])[:, :, None] * S + k[t][:, :, None] * v[t][:, None, :]
             o[t] = q[t] @ S
-        o = rms_norm(o, self.weights[attn + "g_norm.weight"], c.norm_eps)
-        return self.linear(attn + "o_proj", o.reshape(n, c.hidden_size))
+        normed = rms_norm(o, self.weights[attn + "g_norm.weight"], c.norm_eps)
+        return self.linear(attn + "o_proj", normed.reshape(n, c.hidden_size))
 
     def gate(self, attn: str, x: np.ndarray) -> np.ndarray:
         """Gate logits [n, G*d]: one full-rank projection (W8ASpike) or two through 16 channels."""
@@ -99,12 +99,12 @@ class Reference:
         if c.spike_k:
             count, threshold = spike_encode(q, QUERY_SPIKE_K)
             q = count * threshold
-        q = q.reshape(n, G, c.group_size, d)
-        o = np.empty_like(q)
+        grouped = q.reshape(n, G, c.group_size, d)
+        o = np.empty(grouped.shape, np.float32)
         for t in range(n):
             self.store(state, i, (state.position + t) % W, k[t], v[t])
             keys, values = self.stored(state, i, min(state.position + t + 1, W))    # [len, G, d]
-            scores = np.einsum("ghd,wgd->ghw", q[t], keys) * np.float32(d ** -0.5)
+            scores = np.einsum("ghd,wgd->ghw", grouped[t], keys) * np.float32(d ** -0.5)
             o[t] = np.einsum("ghw,wgd->ghd", softmax(scores), values)
         return self.linear(attn + "o_proj", o.reshape(n, c.hidden_size))
 
@@ -112,9 +112,10 @@ class Reference:
         """Put one token's key and value [G, d] into the ring, as int8 codes where the model does so."""
         for name, row in (("key", k), ("value", v)):
             if self.config.int8_window:
-                row, scale = int8_encode(row)
-                state.arrays[f"{i}.{name}_scales"][slot] = scale
-            state.arrays[f"{i}.{name}s"][slot] = row
+                codes, state.arrays[f"{i}.{name}_scales"][slot] = int8_encode(row)
+                state.arrays[f"{i}.{name}s"][slot] = codes
+            else:
+                state.arrays[f"{i}.{name}s"][slot] = row
 
     def stored(self, state: State, i: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values [length, G, d] float32 of the first `length` slots."""
@@ -133,8 +134,8 @@ class Reference:
 # --- functions -----------------------------------------------------------------------------------
 def spike_encode(x: np.ndarray, k: float) -> tuple[np.ndarray, np.ndarray]:
     """Spike counts (whole numbers, float32, unclamped) and firing thresholds over the last axis (report 3.3)."""
-    mean = np.mean(np.abs(x), axis=-1, keepdims=True, dtype=np.float32)
-    threshold = np.clip(mean / np.float32(k), np.float32(1e-5), np.float32(1e4))
+    mean = np.asarray(np.mean(np.abs(x), axis=-1, keepdims=True, dtype=np.float32))
+    threshold = np.asarray(np.clip(mean / np.float32(k), np.float32(1e-5), np.float32(1e4)))
     return np.round(x / threshold), threshold            # np.round is half to even
 
 

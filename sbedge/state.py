@@ -93,10 +93,10 @@ class State:
             return NotImplemented
         if self is other:       # engines look states up in dictionaries: no comparing of megabytes then
             return True
-        return (self.layout == other.layout and self.position == other.position
-                and np.array_equal(self.block, other.block)
-                and (self.last_logits is None) == (other.last_logits is None)
-                and (self.last_logits is None or np.array_equal(self.last_logits, other.last_logits)))
+        mine, theirs = self.last_logits, other.last_logits
+        same_logits = mine is theirs or (mine is not None and theirs is not None and np.array_equal(mine, theirs))
+        return (same_logits and self.layout == other.layout and self.position == other.position
+                and np.array_equal(self.block, other.block))
 
     __hash__ = object.__hash__     # identity: engines keep caches by state
 

@@ -14,12 +14,12 @@ import pytest
 from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sbedge.apps import demo_model
 from sbedge.apps.demo_model import PinnedFile, extract_weights, unpermute_rope, write_demo_checkpoint
-from sbedge.runtime.tokenizer import Tokenizer
-
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import CheckpointError, ExportError, ModelFileError, SbedgeError
+from sbedge.runtime.tokenizer import Tokenizer
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS = 2, 64, 96, 4, 2
 HEAD = HIDDEN // HEADS

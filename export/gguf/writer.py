@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ def _plan(checkpoint: Checkpoint, name: str, quant: str, embedding_quant: str) -
 
     def blocks() -> Iterator[Callable[[], np.ndarray]]:
         for start in range(0, shape[0], rows):
-            yield lambda start=start: quantize_rows(
-                np.atleast_2d(checkpoint.weight(name, start, min(start + rows, shape[0]))), kind)
+            stop = min(start + rows, shape[0])
+            yield partial(lambda a, b: quantize_rows(np.atleast_2d(checkpoint.weight(name, a, b)), kind), start, stop)
 
     return [Tensor(gguf_name(name), shape, kind, blocks)]
 
@@ -130,12 +131,15 @@ def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
     def part(suffix: str, shape: tuple[int, ...], kind: str, make: Callable[[], np.ndarray]) -> Tensor:
         return Tensor(stem + suffix, shape, kind, lambda: iter([lambda: np.ascontiguousarray(make()).view(np.uint8)]))
 
-    # Each part reads the checkpoint again when its turn comes, so that no layer is held from plan to write.
-    parts = [part("codes", (width, out), "I8", lambda: split_codes(checkpoint.weight_codes(name)[0])[0]),
+    def split(index: int) -> np.ndarray:
+        # Each part reads the checkpoint again when its turn comes: no layer is held from plan to write.
+        return split_codes(checkpoint.weight_codes(name)[0])[index]
+
+    parts = [part("codes", (width, out), "I8", partial(split, 0)),
              part("scales", (width // WEIGHT_GROUP, out), "F32", lambda: checkpoint.weight_codes(name)[1].T)]
     if len(residual):
-        parts += [part(suffix, residual.shape, "I32", lambda at=at: split_codes(checkpoint.weight_codes(name)[0])[at])
-                  for at, suffix in ((1, "residual_index"), (2, "residual_value"))]
+        parts += [part("residual_index", residual.shape, "I32", partial(split, 1)),
+                  part("residual_value", residual.shape, "I32", partial(split, 2))]
     return parts
 
 

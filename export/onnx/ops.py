@@ -106,7 +106,8 @@ GatedLinearAttention <num_heads, kv_num_heads, scale, epsilon> (q, k, v, gate, n
     head_shape = Concat <axis = 0> (leading, head_size)
     heads = Reshape (mixed, head_shape)
     normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (heads, norm_weight)
-    y = Reshape (normed, leading)
+    q_shape = Shape (q)
+    y = Reshape (normed, q_shape)
 }
 """
 
