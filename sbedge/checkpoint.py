@@ -111,6 +111,10 @@ class Checkpoint:
         grouped = codes.reshape(*scales.shape, WEIGHT_GROUP).astype(np.float32)
         return (grouped * scales[..., None]).reshape(codes.shape)
 
+    def release(self) -> None:
+        """Unmap the files: what was read from them counts as resident memory until then. Reading maps them again."""
+        self._handles.clear()
+
     def is_quantized(self, name: str) -> bool:
         """Whether W8ASpike quantizes this tensor (and spikes its input)."""
         projection = name.removesuffix(".weight").rsplit(".", 1)[-1]

@@ -69,7 +69,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quan
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _write_header(temporary, checkpoint, quant, recipe, tokenizer_metadata or {}, tensors)
-        _write_data(temporary, tensors, progress)
+        _write_data(temporary, checkpoint, tensors, progress)
         os.replace(temporary, path)
     except OSError as error:
         raise ExportError(f"{path}: cannot be written ({error.strerror or error}); "
@@ -181,7 +181,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _write_data(path: Path, tensors: list[Tensor], progress: Progress | None) -> None:
+def _write_data(path: Path, checkpoint: Checkpoint, tensors: list[Tensor], progress: Progress | None) -> None:
     total, done = sum(t.nbytes for t in tensors), 0
     with path.open("ab") as file, ThreadPoolExecutor(THREADS) as workers:
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
@@ -196,6 +196,7 @@ def _write_data(path: Path, tensors: list[Tensor], progress: Progress | None) ->
                 raise SbedgeError(f"{tensor.name}: {written} bytes made, {tensor.nbytes} announced")
             done += written
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            checkpoint.release()
         file.flush()
         os.fsync(file.fileno())
 

@@ -201,8 +201,7 @@ class Layers:
 
     def advance(self, name: str, weights: int) -> None:
         self.done += weights * self.bytes_per_weight[name]
-        # Unmap the shards: pages once read would count as resident memory until the export ends.
-        vars(self.checkpoint).pop("_handles", None)
+        self.checkpoint.release()
         if self.progress:
             self.progress(self.done, self.total, name)
 
