@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from sbedge.config import WEIGHT_GROUP, ModelConfig
-from sbedge.errors import ModelFileError, StateError
+from sbedge.errors import EngineUnavailable, ModelFileError, StateError
 from sbedge.state import State, state_layout
 
 from .engine import Logits, checked_ids
@@ -25,18 +25,20 @@ from .onnx_folder import io_names, open_folder
 MAX_CHUNK, MIN_CHUNK = 256, 16      # tokens per run of the session
 CHUNK_BYTES = 1 << 26               # what the largest temporary of a run may take
 MAX_BINDINGS = 16
+LINEAR_ATTENTION = 1, 29            # the first onnxruntime whose LinearAttention shares states between query heads
 
 
 class OnnxEngine:
     """Engine over an ONNX folder. `threads` defaults to the CPUs this process may use; waiting threads sleep.
 
-    Raises ModelFileError, one line, when the folder is missing, damaged or not ours. May be used from
-    several threads at once, each with its own state.
+    Raises ModelFileError, one line, when the folder is missing, damaged or not ours, EngineUnavailable when
+    onnxruntime is too old for it. May be used from several threads at once, each with its own state.
     """
 
     def __init__(self, folder: str | Path, *, threads: int | None = None):
         folder = Path(folder)
         self.config: ModelConfig = open_folder(folder)
+        check_version(self.config, folder)
         self.layout = state_layout(self.config)
         self.chunk = chunk_tokens(self.config)
         self._session = open_session(folder, threads or available_cpus())
@@ -103,6 +105,14 @@ class OnnxEngine:
             binding.bind_input(past, "cpu", 0, dtype.type, (1, *shape), state.arrays[name].ctypes.data)
             binding.bind_output(present, "cpu", 0, dtype.type, (1, *shape), spare.arrays[name].ctypes.data)
         return binding
+
+
+def check_version(config: ModelConfig, folder: Path) -> None:
+    """Before 1.29 LinearAttention was missing, or wrong for query heads that share a state."""
+    found = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if found < LINEAR_ATTENTION and len(config.attn_layers) < config.num_hidden_layers:
+        raise EngineUnavailable(f"{folder}: its GLA layers need onnxruntime 1.29 or newer, found {ort.__version__}; "
+                                "run: pip install --upgrade onnxruntime (needs Python 3.11 or newer)")
 
 
 def open_session(folder: Path, threads: int) -> ort.InferenceSession:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import write_tiny_checkpoint
 
 from sbedge.checkpoint import Checkpoint
-from sbedge.errors import InputError, StateError
+from sbedge.errors import EngineUnavailable, InputError, StateError
 from sbedge.export.onnx import write_onnx
 from sbedge.reference import Reference
 from sbedge.runtime import onnx_engine
@@ -264,6 +264,13 @@ def test_bindings_and_spare_memory_do_not_pile_up(pair):
         engine.forward([3], state.copy())
     assert len(engine._bindings) <= onnx_engine.MAX_BINDINGS
     assert len(engine._spares) <= 4     # one for each thread that ever ran at once
+
+
+def test_an_onnxruntime_too_old_for_gla_layers_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ort, "__version__", "1.23.2")
+    export(write_tiny_checkpoint(tmp_path / "w", attn_layers=[0, 1, 2, 3]), tmp_path / "window")     # needs none
+    with pytest.raises(EngineUnavailable, match=r"1\.29 or newer, found 1\.23\.2; run: pip install"):
+        export(TINY, tmp_path / "m")
 
 
 def test_a_plain_onnxruntime_session_runs_the_model(tmp_path):

@@ -112,15 +112,27 @@ GatedLinearAttention <num_heads, kv_num_heads, scale, epsilon> (q, k, v, gate, n
 """
 
 # position_ids [1, n], inverse_frequencies [d/2] double -> cos, sin [1, n, d/2]
-# Angles are double, so that they are right at any position; one call serves all layers.
+# Angles are double and brought into one turn, so that they are right at any position: 2 pi = 6.28125 + rest, where
+# turns * 6.28125 is exact. Cos is Sin a quarter turn ahead: most onnxruntimes have only Sin in double.
 ROTARY_ANGLES = """
 RotaryAngles (position_ids, inverse_frequencies) => (cos, sin) {
     last = Constant <value_ints = [-1]> ()
+    turns_per_radian = Constant <value = double {0.15915494309189535}> ()
+    two_pi_head = Constant <value = double {6.28125}> ()
+    two_pi_rest = Constant <value = double {0.0019353071795864769}> ()
+    quarter_turn = Constant <value = double {1.5707963267948966}> ()
     column = Unsqueeze (position_ids, last)
     positions = Cast <to = 11> (column)
     angles = Mul (positions, inverse_frequencies)
-    cos_double = Cos (angles)
-    sin_double = Sin (angles)
+    all_turns = Mul (angles, turns_per_radian)
+    turns = Round (all_turns)
+    head = Mul (turns, two_pi_head)
+    rest = Mul (turns, two_pi_rest)
+    nearly_reduced = Sub (angles, head)
+    reduced = Sub (nearly_reduced, rest)
+    ahead = Add (reduced, quarter_turn)
+    cos_double = Sin (ahead)
+    sin_double = Sin (reduced)
     cos = Cast <to = 1> (cos_double)
     sin = Cast <to = 1> (sin_double)
 }
