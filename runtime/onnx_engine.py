@@ -1,8 +1,7 @@
 """OnnxEngine: an exported ONNX folder on onnxruntime's CPU provider.
 
-The session reads and writes the arrays of a State where they lie. Past and present must not share memory
-while the ops run from their composed bodies, so each step writes into a spare block and the state then
-takes that block over: nothing is copied.
+The session updates the arrays of a State where they lie: past and present are bound to the same memory, which
+the bodies of our ops allow (see export/onnx/ops.py). Nothing is copied and nothing grows.
 """
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class OnnxEngine:
         self.chunk = chunk_tokens(self.config)
         self._session = open_session(folder, threads or available_cpus())
         self._run_options = ort.RunOptions()
-        self._spares: list[State] = []
-        self._bindings: OrderedDict[tuple[int, int], ort.IOBinding] = OrderedDict()
+        self._bindings: OrderedDict[int, ort.IOBinding] = OrderedDict()
         self._lock = Lock()
 
     def new_state(self) -> State:
@@ -52,7 +50,7 @@ class OnnxEngine:
         return State(self.config)
 
     def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: Logits = "last") -> np.ndarray | None:
-        """See `Engine.forward`. An interrupt leaves the state as it was after the last finished run."""
+        """See `Engine.forward`. An interrupt leaves the state as it was after a whole number of runs."""
         ids = checked_ids(ids, self.config)                                             # [n]
         if state.layout != self.layout:
             raise StateError("the state belongs to a model of other sizes; use this engine's new_state()")
@@ -64,46 +62,39 @@ class OnnxEngine:
                 self._run(piece, state, out[start:start + len(piece)])
             else:
                 self._run(piece, state, out if start + len(piece) == len(ids) else out[:0])
-        if not rows:
-            return None
-        state.last_logits = out[-1].copy()
-        return out
+        return out if rows else None
 
     def _run(self, ids: np.ndarray, state: State, logits: np.ndarray) -> None:
         """One run of the session over ids [n]; logits [k, V] receives those of the last k tokens."""
-        spare = self._spares.pop() if self._spares else self.new_state()
+        inputs = {"input_ids": ids[None], "logits_to_keep": np.array([len(logits)], np.int64),
+                  "position_ids": np.arange(state.position, state.position + len(ids), dtype=np.int64)[None]}
+        binding = self._binding(state)
+        for name, array in inputs.items():      # `inputs` keeps the arrays alive during the run
+            binding.bind_cpu_input(name, array)
+        binding.bind_output("logits", "cpu", 0, np.float32, (1, *logits.shape), logits.ctypes.data)
         try:
-            binding = self._binding(state, spare)
-            inputs = {"input_ids": ids[None], "logits_to_keep": np.array([len(logits)], np.int64),
-                      "position_ids": np.arange(state.position, state.position + len(ids), dtype=np.int64)[None]}
-            for name, array in inputs.items():      # `inputs` keeps the arrays alive during the run
-                binding.bind_cpu_input(name, array)
-            binding.bind_output("logits", "cpu", 0, np.float32, (1, *logits.shape), logits.ctypes.data)
             self._session.run_with_iobinding(binding, self._run_options)
-            state.exchange_memory(spare)
+        finally:        # Python notices an interrupt only after the run, when the arrays have moved on
             state.position += len(ids)
-            state.last_logits = None
-        finally:
-            self._spares.append(spare)
+            state.last_logits = logits[-1].copy() if len(logits) else None
 
-    def _binding(self, state: State, spare: State) -> ort.IOBinding:
-        """A binding from the memory of `state` to that of `spare`, made once for each pair of blocks."""
-        key = state.block.ctypes.data, spare.block.ctypes.data
+    def _binding(self, state: State) -> ort.IOBinding:
+        """The state's arrays as past and as present, bound once for each block of memory."""
+        key = state.block.ctypes.data
         with self._lock:
-            binding = self._bindings.pop(key, None)
-            if binding is None:
-                binding = self._bind(state, spare)
+            binding = self._bindings.pop(key, None) or self._bind(state)
             self._bindings[key] = binding
             if len(self._bindings) > MAX_BINDINGS:
                 self._bindings.popitem(last=False)
         return binding
 
-    def _bind(self, state: State, spare: State) -> ort.IOBinding:
+    def _bind(self, state: State) -> ort.IOBinding:
         binding = self._session.io_binding()
         for name, (shape, dtype) in self.layout.items():
             past, present = io_names(name)
-            binding.bind_input(past, "cpu", 0, dtype.type, (1, *shape), state.arrays[name].ctypes.data)
-            binding.bind_output(present, "cpu", 0, dtype.type, (1, *shape), spare.arrays[name].ctypes.data)
+            where = "cpu", 0, dtype.type, (1, *shape), state.arrays[name].ctypes.data
+            binding.bind_input(past, *where)
+            binding.bind_output(present, *where)
         return binding
 
 

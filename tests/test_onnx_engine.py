@@ -207,24 +207,36 @@ def test_bad_ids_and_foreign_states_leave_the_state_untouched(pair, tmp_path):
     assert foreign.position == 0 and not foreign.block.any()
 
 
-def test_an_interrupted_run_leaves_the_state_as_it_was(pair, monkeypatch):
+def test_an_interrupted_run_leaves_a_state_one_can_continue(pair, monkeypatch):
     engine, *_ = pair
-    _, state = run(engine, ids_of(engine.config, 12))
-    before = state.copy()
+    ids = ids_of(engine.config, 12)
+    _, expected = run(engine, ids)
+    session = engine._session
 
     class Interrupted:
-        def __getattr__(self, name):
-            return getattr(session, name)
+        io_binding = session.io_binding
 
         def run_with_iobinding(self, *arguments):
             session.run_with_iobinding(*arguments)
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt     # where Python raises it: after the call into onnxruntime
 
-    session = engine._session
-    monkeypatch.setattr(engine, "_session", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        engine.forward([1, 2, 3], state)
-    assert state == before and state.last_logits is not None
+    _, state = run(engine, ids[:9])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_session", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward(ids[9:], state)
+    assert state.position == 12
+    assert expected.last_logits is not None and state.last_logits is not None
+    assert_close(expected.last_logits, state.last_logits, F32)
+    assert_close(run(engine, [1], (), expected)[0], run(engine, [1], (), state)[0], F32)
+
+
+def test_a_run_works_in_the_memory_of_the_state(pair):
+    engine, *_ = pair
+    state = engine.new_state()
+    block = state.block
+    run(engine, ids_of(engine.config, 40), [1, 20, 1], state)
+    assert state.block is block and block.any()
 
 
 def test_copies_of_a_state_go_their_own_ways(pair):
@@ -256,14 +268,13 @@ def test_threads_with_states_of_their_own_do_not_disturb_each_other(pair):
         assert np.array_equal(found[index], logits)
 
 
-def test_bindings_and_spare_memory_do_not_pile_up(pair):
+def test_bindings_do_not_pile_up(pair):
     engine, *_ = pair
     for _ in range(40):
         state = engine.new_state()
         engine.forward([1, 2], state)
         engine.forward([3], state.copy())
     assert len(engine._bindings) <= onnx_engine.MAX_BINDINGS
-    assert len(engine._spares) <= 4     # one for each thread that ever ran at once
 
 
 def test_an_onnxruntime_too_old_for_gla_layers_is_named(tmp_path, monkeypatch):

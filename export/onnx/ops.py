@@ -138,33 +138,49 @@ RotaryAngles (position_ids, inverse_frequencies) => (cos, sin) {
 }
 """
 
-# The bodies of the two window ops share the four pieces below.
+# The bodies of the two window ops share the pieces below. They write first and read after, so that past and present
+# may be one buffer: the rows to be overwritten are taken out, and the write waits for them (its index is built
+# from their count).
 #
-#   q, k, v --HEADS--> q_heads, k_rows, v_rows --+--> (spike q, int8 k and v) --> ATTEND --> y
-#   position_ids --VISIBLE--> visible -----------|---------------------------------^
-#   past --------------------------------------- +--> RING: the last min(n, W) rows go to slots position % W
+#   q, k, v --HEADS--> q_heads, k_rows, v_rows [--spike q, k and v to int8--]
+#   past --RING--> evicted rows --> present, with the last m = min(n, W) new rows at slots position % W
+#   present, evicted and the first n - m new rows --ATTEND, where VISIBLE--> y
 #
 # (GroupQueryAttention is not used: it keeps its window cache in arrival order as [G, W, d], where ours is a
 # ring [W, G, d], and reads angles from a table with a row per position, where our positions are unbounded.)
 
-# Which of the W ring slots and n new tokens each query sees. Slot s holds the latest position before
-# the first new one that equals s modulo W; a negative position means the slot was never written.
+# Which keys each query sees: those in the W slots after the write, then n others: m evicted and n - m that came
+# and went within this call. A slot holds the latest position equal to it modulo W; a negative one was never written.
 #   visible [n, 1, W + n]:  position - W < key position <= position  and  key position >= 0
 VISIBLE = """
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
+    zero_1d = Constant <value_ints = [0]> ()
+    two_1d = Constant <value_ints = [2]> ()
     flat = Constant <value_ints = [-1]> ()
     query_axes = Constant <value_ints = [1, 2]> ()
+    end = Constant <value_ints = [9223372036854775807]> ()
     window = Shape <start = 1, end = 2> (past_key)
     window_scalar = Squeeze (window)
+    newest = Neg (window)
     positions = Reshape (position_ids, flat)
-    first = Gather <axis = 0> (positions, zero)
+    tokens = Shape (positions)
+    kept_positions = Slice (positions, newest, end, zero_1d)
+    kept = Shape (kept_positions)
+    passing = Sub (tokens, kept)
+    kept_slots = Mod (kept_positions, window)
+    first = Gather <axis = 0> (positions, zero_1d)
     before = Sub (first, one)
+    evicted_behind = Sub (before, kept_slots)
+    evicted_age = Mod (evicted_behind, window)
+    evicted_positions = Sub (before, evicted_age)
+    last = Gather <axis = 0> (positions, flat)
     slots = Range (zero, window_scalar, one)
-    behind = Sub (before, slots)
+    behind = Sub (last, slots)
     age = Mod (behind, window)
-    past_positions = Sub (before, age)
-    key_positions = Concat <axis = 0> (past_positions, positions)
+    ring_positions = Sub (last, age)
+    passing_positions = Slice (positions, zero_1d, passing, zero_1d)
+    key_positions = Concat <axis = 0> (ring_positions, evicted_positions, passing_positions)
     query_positions = Unsqueeze (positions, query_axes)
     oldest = Sub (query_positions, window)
     causal = LessOrEqual (key_positions, query_positions)
@@ -172,6 +188,9 @@ VISIBLE = """
     written = GreaterOrEqual (key_positions, zero)
     causal_recent = And (causal, recent)
     visible = And (causal_recent, written)
+    slot_column = Unsqueeze (kept_slots, flat)
+    batch_column = Sub (slot_column, slot_column)
+    kept_index = Concat <axis = 1> (batch_column, slot_column)
 """
 
 # q [1, n, H*d], k, v [1, n, G*d] --rotate q and k, split heads--> q_heads [n, H, d], k_rows, v_rows [n, G, d]
@@ -190,21 +209,19 @@ HEADS = """
     v_rows = Reshape (v, kv_shape)
 """
 
-# q_used [n, H, d], old_keys, old_values [W, G, d] (the ring), new_keys, new_values [n, G, d] -> y [1, n, H*d]
-#   scores [G, n * H/G, W + n] = scale * [q @ old_keys^T | q @ new_keys^T]
-#   y = softmax(scores where visible) @ [old_values; new_values], without joining old and new
+# q_used [n, H, d], ring_keys, ring_values [W, G, d], other_keys, other_values [n, G, d] -> y [1, n, H*d]
+#   scores [G, n * H/G, W + n] = scale * [q @ ring_keys^T | q @ other_keys^T]
+#   y = softmax(scores where visible) @ [ring_values; other_values], without joining ring and others
 ATTEND = """
     hidden = Constant <value = float {-inf}> ()
-    zero_1d = Constant <value_ints = [0]> ()
     token_shape = Concat <axis = 0> (zero_1d, groups_1d, flat, head_size)
     query_shape = Concat <axis = 0> (groups_1d, flat, head_size)
     q_by_token = Reshape (q_used, token_shape)
     q_by_group = Transpose <perm = [1, 0, 2, 3]> (q_by_token)
     queries = Reshape (q_by_group, query_shape)
-    old_scores = com.microsoft.FusedMatMul <transB = 1, transBatchB = 1, alpha: float = @scale> (queries, old_keys)
-    new_scores = com.microsoft.FusedMatMul <transB = 1, transBatchB = 1, alpha: float = @scale> (queries, new_keys)
-    scores = Concat <axis = -1> (old_scores, new_scores)
-    tokens = Shape (positions)
+    ring_scores = com.microsoft.FusedMatMul <transB = 1, transBatchB = 1, alpha: float = @scale> (queries, ring_keys)
+    other_scores = com.microsoft.FusedMatMul <transB = 1, transBatchB = 1, alpha: float = @scale> (queries, other_keys)
+    scores = Concat <axis = -1> (ring_scores, other_scores)
     keys_total = Shape (key_positions)
     scores_shape = Concat <axis = 0> (groups_1d, tokens, flat, keys_total)
     scores_by_token = Reshape (scores, scores_shape)
@@ -213,94 +230,87 @@ ATTEND = """
     weights_shape = Shape (scores)
     weights = Reshape (weights_by_token, weights_shape)
     parts = Concat <axis = 0> (window, tokens)
-    old_weights, new_weights = Split <axis = -1> (weights, parts)
-    old_mixed = com.microsoft.FusedMatMul <transBatchB = 1> (old_weights, old_values)
-    new_mixed = com.microsoft.FusedMatMul <transBatchB = 1> (new_weights, new_values)
-    mixed = Add (old_mixed, new_mixed)
+    ring_weights, other_weights = Split <axis = -1> (weights, parts)
+    ring_mixed = com.microsoft.FusedMatMul <transBatchB = 1> (ring_weights, ring_values)
+    other_mixed = com.microsoft.FusedMatMul <transBatchB = 1> (other_weights, other_values)
+    mixed = Add (ring_mixed, other_mixed)
     mixed_shape = Concat <axis = 0> (groups_1d, tokens, flat, head_size)
     mixed_by_group = Reshape (mixed, mixed_shape)
     mixed_by_token = Transpose <perm = [1, 0, 2, 3]> (mixed_by_group)
-    one_1d = Reshape (one, flat)
-    y_shape = Concat <axis = 0> (one_1d, tokens, flat)
+    y_shape = Shape (q)
     y = Reshape (mixed_by_token, y_shape)
-"""
-
-# positions [n] -> which of the new rows enter the ring (the last min(n, W)) and in which slots [m, 1]
-SLOTS = """
-    row_axis = Constant <value_ints = [0]> ()
-    batch_axis = Constant <value_ints = [0]> ()
-    end = Constant <value_ints = [9223372036854775807]> ()
-    newest = Neg (window)
-    kept_positions = Slice (positions, newest, end, row_axis)
-    kept_slots = Mod (kept_positions, window)
-    kept_index = Unsqueeze (kept_slots, flat)
 """
 
 
 def ring(name: str, rows: str) -> str:
-    """past_{name} [1, W, ...] with the last rows of `rows` [n, ...] written to their slots -> present_{name}."""
+    """past_{name} [1, W, ...], `rows` [n, ...] -> evicted_{name} [m, ...], present_{name}, and ring_{name} [W, ...]."""
     return f"""
-    {name}_ring = Squeeze (past_{name}, batch_axis)
-    {name}_kept = Slice ({rows}, newest, end, row_axis)
-    {name}_written = ScatterND ({name}_ring, kept_index, {name}_kept)
-    present_{name} = Unsqueeze ({name}_written, batch_axis)
+    {name}_out = Gather <axis = 1> (past_{name}, kept_slots)
+    {name}_count = Shape <start = 1, end = 2> ({name}_out)
+    {name}_index_shape = Concat <axis = 0> ({name}_count, two_1d)
+    {name}_index = Reshape (kept_index, {name}_index_shape)
+    {name}_kept = Slice ({rows}, newest, end, zero_1d)
+    present_{name} = ScatterND (past_{name}, {name}_index, {name}_kept)
+    evicted_{name} = Squeeze ({name}_out, zero_1d)
+    ring_{name} = Squeeze (present_{name}, zero_1d)
 """
 
 
-def int8_encode(name: str) -> str:
-    """{name}_rows [n, G, d] -> {name}_codes int8, {name}_scales [n, G], new_{name}s and old_{name}s as float."""
+def float_window(name: str, rows: str) -> str:
+    """The ring of float `rows` [n, G, d] -> ring_{name}s [W, G, d], other_{name}s [n, G, d]."""
+    return ring(name, rows) + f"""
+    passing_{name} = Slice ({rows}, zero_1d, passing, zero_1d)
+    other_{name}s = Concat <axis = 0> (evicted_{name}, passing_{name})
+    ring_{name}s = Identity (ring_{name})
+"""
+
+
+def int8_window(name: str, rows: str) -> str:
+    """The same with `rows` kept as int8 codes and scales; all keys and values are those the codes stand for."""
     return f"""
-    {name}_magnitude = Abs ({name}_rows)
+    {name}_magnitude = Abs ({rows})
     {name}_peak = ReduceMax <keepdims = 1> ({name}_magnitude, flat)
     {name}_step = Div ({name}_peak, int8_max)
-    {name}_scale_rows = Clip ({name}_step, scale_low, scale_high)
-    {name}_ratio = Div ({name}_rows, {name}_scale_rows)
+    {name}_scale_column = Clip ({name}_step, scale_low, scale_high)
+    {name}_ratio = Div ({rows}, {name}_scale_column)
     {name}_rounded = Round ({name}_ratio)
     {name}_clipped = Clip ({name}_rounded, int8_low, int8_max)
     {name}_codes = Cast <to = 3> ({name}_clipped)
-    {name}_scales = Squeeze ({name}_scale_rows, flat)
-    new_{name}s = Mul ({name}_clipped, {name}_scale_rows)
-    {name}_old_codes = Squeeze (past_{name}, row_axis)
-    {name}_old_float = Cast <to = 1> ({name}_old_codes)
-    {name}_old_scales = Squeeze (past_{name}_scale, row_axis)
-    {name}_old_columns = Unsqueeze ({name}_old_scales, flat)
-    old_{name}s = Mul ({name}_old_float, {name}_old_columns)
+    {name}_scales = Squeeze ({name}_scale_column, flat)
+""" + ring(name, f"{name}_codes") + ring(f"{name}_scale", f"{name}_scales") + f"""
+    {name}_ring_float = Cast <to = 1> (ring_{name})
+    {name}_ring_column = Unsqueeze (ring_{name}_scale, flat)
+    ring_{name}s = Mul ({name}_ring_float, {name}_ring_column)
+    {name}_evicted_float = Cast <to = 1> (evicted_{name})
+    {name}_evicted_column = Unsqueeze (evicted_{name}_scale, flat)
+    {name}_evicted = Mul ({name}_evicted_float, {name}_evicted_column)
+    {name}_new = Mul ({name}_clipped, {name}_scale_column)
+    {name}_passing = Slice ({name}_new, zero_1d, passing, zero_1d)
+    other_{name}s = Concat <axis = 0> ({name}_evicted, {name}_passing)
 """
-
-
-def window_body(middle: str, rings: str) -> str:
-    return "{" + VISIBLE + HEADS + SLOTS + middle + ATTEND + rings + "}"
 
 
 # past_key, past_value [1, W, G, d] float32: the ring -> y [1, n, H*d] and the ring after the last token
 SLIDING_WINDOW_ATTENTION = """
 SlidingWindowAttention <num_heads, kv_num_heads, scale>
-    (q, k, v, past_key, past_value, cos, sin, position_ids) => (y, present_key, present_value)
-""" + window_body("""
+    (q, k, v, past_key, past_value, cos, sin, position_ids) => (y, present_key, present_value) {
+""" + VISIBLE + HEADS + float_window("key", "k_rows") + float_window("value", "v_rows") + """
     q_used = Identity (q_heads)
-    new_keys = Identity (k_rows)
-    new_values = Identity (v_rows)
-    old_keys = Squeeze (past_key, row_axis)
-    old_values = Squeeze (past_value, row_axis)
-""", ring("key", "k_rows") + ring("value", "v_rows"))
+""" + ATTEND + "}"
 
 # The same with q spiked per head (k = spike_k) and the ring kept as int8 codes and scales [1, W, G]
 SPIKING_WINDOW_ATTENTION = """
 SpikingWindowAttention <num_heads, kv_num_heads, scale, spike_k>
     (q, k, v, past_key, past_key_scale, past_value, past_value_scale, cos, sin, position_ids)
-    => (y, present_key, present_key_scale, present_value, present_value_scale)
-""" + window_body("""
-    q_count, q_threshold = ai.sbedge.SpikeEncode <k: float = @spike_k> (q_heads)
-    q_used = Mul (q_count, q_threshold)
+    => (y, present_key, present_key_scale, present_value, present_value_scale) {
     int8_max = Constant <value_float = 127.0> ()
     int8_low = Constant <value_float = -128.0> ()
     scale_low = Constant <value_float = 1e-5> ()
     scale_high = Constant <value_float = 1e4> ()
-    key_rows = Identity (k_rows)
-    value_rows = Identity (v_rows)
-""" + int8_encode("key") + int8_encode("value"),
-    ring("key", "key_codes") + ring("key_scale", "key_scales")
-    + ring("value", "value_codes") + ring("value_scale", "value_scales"))
+""" + VISIBLE + HEADS + int8_window("key", "k_rows") + int8_window("value", "v_rows") + """
+    q_count, q_threshold = ai.sbedge.SpikeEncode <k: float = @spike_k> (q_heads)
+    q_used = Mul (q_count, q_threshold)
+""" + ATTEND + "}"
 
 BODIES = (SPIKE_ENCODE, SPIKE_LINEAR, GATED_LINEAR_ATTENTION, ROTARY_ANGLES, SLIDING_WINDOW_ATTENTION,
           SPIKING_WINDOW_ATTENTION)
