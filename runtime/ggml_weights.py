@@ -41,7 +41,7 @@ class GgmlWeights:
 
     def __init__(self, file: GgufFile, config: ModelConfig):
         check_tensors(file, config)
-        self.f = load_ggml().f
+        self.f, self._file = load_ggml().f, file
         self.tensors: dict[str, int] = {}
         self._memory: list[np.ndarray] = []     # what the tensors point into
         self._buffers: list[int] = []
@@ -94,6 +94,7 @@ class GgmlWeights:
             self._buffers.append(buffer)
             self.f.backend_tensor_alloc(buffer, tensor, self.f.backend_buffer_get_base(buffer))
             self.f.backend_tensor_set(tensor, source.address, 0, source.nbytes)
+            self._file.release()        # this part of the file is not read again
         else:
             self.f.backend_tensor_alloc(source.buffer, tensor, source.address)
         self.tensors[name] = tensor

@@ -4,6 +4,7 @@ The gguf package's own reader trusts the counts it finds and takes seconds on a 
 """
 from __future__ import annotations
 
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,12 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     data: np.ndarray
+    mapping: mmap.mmap
+
+    def release(self) -> None:
+        """Give up the resident pages of the file; what is used again is read again (from the page cache)."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
 
     def raw(self, name: str) -> np.ndarray:
         """The stored bytes of a tensor, uint8, not copied."""
@@ -59,14 +66,16 @@ def read_gguf(path: str | Path) -> GgufFile:
     """Open and validate; ModelFileError (one line) for anything that is not a complete GGUF file."""
     path = Path(path)
     try:
-        data = np.memmap(path, np.uint8, "r")
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    data = np.frombuffer(mapping, np.uint8)
     try:
         metadata, tensors = _Parser(data).parse()
     except (_Damaged, UnicodeDecodeError) as error:
         raise ModelFileError(f"{path}: damaged or truncated GGUF file ({error}); export or download it again") from None
-    return GgufFile(path, metadata, tensors, data)
+    return GgufFile(path, metadata, tensors, data, mapping)
 
 
 class _Damaged(Exception):
