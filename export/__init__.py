@@ -23,7 +23,7 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
 
     format            "gguf" or "onnx"; None: by the suffix of `out`
     quant             one of QUANTS[format]; None: 8 bit, lossless for a W8ASpike checkpoint
-    embedding_quant   the same for embeddings and lm_head; None: 8 bit where `quant` is 8 bit or less
+    embedding_quant   the same for embeddings and lm_head; None: 8 bit, or as exact as `quant` where that is lossless
     force             replace an existing `out`
 
     `out` appears whole or not at all. Raises CheckpointError, TokenizerError (damaged, or not of this model)

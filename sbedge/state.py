@@ -82,12 +82,6 @@ class State:
         twin.block[:] = self.block
         return twin
 
-    def exchange_memory(self, other: State) -> None:
-        """Swap the memory of two states of one layout: how an engine that cannot write in place returns."""
-        mine, theirs = self.block, other.block
-        self._bind(theirs)
-        other._bind(mine)
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):
             return NotImplemented

@@ -88,14 +88,6 @@ def test_equality_sees_arrays_position_and_logits(state: State) -> None:
     assert state != "a state"
 
 
-def test_exchanged_memory_swaps_contents_and_keeps_the_views_valid(model: Reference, state: State) -> None:
-    before, other = state.copy(), model.new_state()
-    state.exchange_memory(other)
-    assert not state.block.any() and np.array_equal(other.block, before.block)
-    name = next(iter(other.arrays))
-    assert np.shares_memory(other.arrays[name], other.block)
-
-
 # --- files -----------------------------------------------------------------------------------------
 def test_a_saved_state_loads_equal_and_continues_alike(model: Reference, state: State, tmp_path: Path) -> None:
     state.save(tmp_path / "s.state", {"model": "x"})

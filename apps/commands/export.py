@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=list(QUANTS), help="default: gguf if OUT ends in .gguf, onnx for a folder")
     parser.add_argument("--quant", metavar="NAME",
                         help="number format of the weights (default: 8 bit, lossless for W8ASpike)")
-    parser.add_argument("--embedding-quant", metavar="NAME", help="for embeddings and lm_head (default: 8 bit)")
+    parser.add_argument("--embedding-quant", metavar="NAME",
+                        help="for embeddings and lm_head (default: 8 bit, exact where --quant is)")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=None,
                         help="compare with float32 (default: if the checkpoint is under 2 GB)")

@@ -30,7 +30,7 @@ def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4
     """Export `checkpoint` to `folder`, tensor by tensor; the folder appears complete or not at all.
 
     quant            "f32", "int8" or "int4": how linear layers are stored (W8ASpike: "f32" or "int8", both exact)
-    embedding_quant  the same for embeddings and lm_head; default "int8", or "f32" when quant is "f32"
+    embedding_quant  the same for embeddings and lm_head; default "int8", or "f32" when quant is exact
     progress         called with (bytes done, bytes in all, tensor name), bytes of the source
     force            replace `folder` if it exists
 
@@ -63,7 +63,8 @@ def check_replaceable(folder: Path, force: bool) -> None:
 
 
 def checked_recipe(checkpoint: Checkpoint, quant: str, embedding_quant: str | None) -> Recipe:
-    embedding_quant = embedding_quant or ("f32" if quant == "f32" else "int8")
+    # W8ASpike as published is exact all through; 8 bit in the embeddings alone would spoil that.
+    embedding_quant = embedding_quant or ("f32" if quant == "f32" or checkpoint.is_w8aspike else "int8")
     for name, form in (("quant", quant), ("embedding_quant", embedding_quant)):
         if form not in FORMS:
             raise ExportError(f"{name} is {form!r}, expected one of {', '.join(FORMS)}")
