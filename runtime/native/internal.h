@@ -1,0 +1,46 @@
+// What the instruction sets implement and dispatch.cpp chooses from.
+#pragma once
+
+#include "sbedge.h"
+
+namespace sbedge {
+
+// Outputs are handed to threads in multiples of this, so that no two threads share a cache line of floats.
+constexpr int64_t OUTPUT_BLOCK = 64;
+
+struct SpikeKernels {
+    decltype(&sbedge_spike_encode) spike_encode;
+    decltype(&sbedge_norm_spike_encode) norm_spike_encode;
+    decltype(&sbedge_spike_matmul_w8) spike_matmul_w8;
+    decltype(&sbedge_spike_matmul_w4) spike_matmul_w4;
+};
+
+struct MixerKernels {
+    decltype(&sbedge_gla_scratch) gla_scratch;
+    decltype(&sbedge_gla) gla;
+    decltype(&sbedge_window_scratch) window_scratch;
+    decltype(&sbedge_window) window;
+};
+
+// A null pointer where this build has no such code: each *_ISA.cpp defines its table, or null if not compiled for it.
+extern const SpikeKernels* const spike_scalar;
+extern const SpikeKernels* const spike_avx2;
+extern const SpikeKernels* const spike_avx512vnni;
+extern const SpikeKernels* const spike_neon;
+extern const MixerKernels* const mixer_scalar;
+extern const MixerKernels* const mixer_avx2;
+extern const MixerKernels* const mixer_avx512vnni;
+extern const MixerKernels* const mixer_neon;
+
+struct Range {
+    int64_t begin, end;
+};
+
+// The part of [0, count) that thread ith of nth takes, in multiples of `block` (the last one may be ragged).
+inline Range share(int64_t count, int64_t block, int ith, int nth) {
+    const int64_t blocks = (count + block - 1) / block;
+    const int64_t begin = blocks * ith / nth * block, end = blocks * (ith + 1) / nth * block;
+    return {begin < count ? begin : count, end < count ? end : count};
+}
+
+}  // namespace sbedge

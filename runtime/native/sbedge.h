@@ -1,0 +1,125 @@
+/* libsbedge: the kernels that make spikes, recurrent state and sliding windows fast. Plain C ABI.
+ *
+ * Conventions
+ *   - Row-major arrays, innermost last in comments: x [n, width].
+ *   - Every kernel takes (ith, nth): the caller runs it on nth threads of its own, each with its ith; a thread
+ *     computes its share of the outputs and no two threads write the same byte. (0, 1) does all the work.
+ *   - No kernel allocates memory, keeps state or starts threads. Accumulation is int32 or float32.
+ *   - Integer sums make results independent of nth and of the instruction set, up to the final float scaling.
+ */
+#ifndef SBEDGE_H
+#define SBEDGE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SBEDGE_API __declspec(dllexport)
+#else
+#define SBEDGE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SBEDGE_ABI 1
+#define SBEDGE_GROUP 128 /* input channels that share a weight scale */
+
+SBEDGE_API int sbedge_abi(void);
+
+/* Instruction sets: "scalar", "avx2", "avx512vnni", "neon". The best one is chosen at load; SBEDGE_ISA forces one. */
+SBEDGE_API const char* sbedge_isa(void);
+/* 0, or -1 if this machine or this build does not have it. Not thread-safe: for tests and start-up. */
+SBEDGE_API int sbedge_set_isa(const char* name);
+
+/* --- spikes ------------------------------------------------------------------------------------------------ */
+
+/* Spike counts of n rows (report section 3.3): threshold = clamp(mean|x| / k, 1e-5, 1e4), count = round_half_even
+ * (x / threshold). Channels with |x| < dead_zone * mean|x| are silent (0: none). Rows are shared out over threads.
+ * x [n, width] -> counts [n, width], thresholds [n]. The mean is summed in float64 and rounded once. */
+SBEDGE_API void sbedge_spike_encode(const float* x, int64_t n, int64_t width, float k, float dead_zone,
+                                    int32_t* counts, float* thresholds, int ith, int nth);
+
+/* The same on rmsnorm(x) * norm_weight; `normed` [n, width] receives the normalized rows too unless NULL. */
+SBEDGE_API void sbedge_norm_spike_encode(const float* x, const float* norm_weight, float eps, int64_t n, int64_t width,
+                                         float k, float dead_zone, float* normed, int32_t* counts, float* thresholds,
+                                         int ith, int nth);
+
+/* One linear layer, input-channel-major: a silent channel is a row that is never fetched.
+ * weight[i, o] = (codes[i, o] + residual) * scales[i / 128, o]; `in` is a multiple of 128. */
+typedef struct {
+    int64_t in, out;
+    const int8_t* codes;            /* [in, out] */
+    const float* scales;            /* [in / 128, out] */
+    const float* bias;              /* [out] or NULL */
+    const int32_t* residual_start;  /* [in + 1] first entry of each channel, or NULL if there is no residual */
+    const int32_t* residual_output; /* [m] output of each entry, ascending within a channel */
+    const int32_t* residual_value;  /* [m] what the int8 code lacks */
+} sbedge_w8;
+
+/* One linear layer in 4 bits. Nibbles are unsigned, 0..15. A row of `out` outputs takes out / 2 bytes: in each block of
+ * 64 outputs, byte b holds output b in its low and output b + 32 in its high nibble; `out` is a multiple of 64.
+ * weight[i, o] = (nibble - zeros[i / group, o]) * scales[i / group, o]; group is 32 or 128 and divides `in`. */
+typedef struct {
+    int64_t in, out, group;
+    const uint8_t* nibbles; /* [in, out / 2] */
+    const float* scales;    /* [in / group, out] */
+    const uint8_t* zeros;   /* [in / group, out], or NULL: 8 everywhere */
+    const float* bias;      /* [out] or NULL */
+} sbedge_w4;
+
+/* y[t, o] = thresholds[t] * sum_i counts[t, i] * weight[i, o] + bias[o]; counts of any size stay exact.
+ * counts [n, in], y [n, y_stride >= out]. Outputs are shared out over threads in multiples of 64. n = 1 is decoding:
+ * only rows of live channels are fetched, each once; for n > 1 every row live in any token is fetched once a block of
+ * tokens. Returns the number of weight bytes this thread fetched. */
+SBEDGE_API int64_t sbedge_spike_matmul_w8(const sbedge_w8* w, const int32_t* counts, const float* thresholds,
+                                          int64_t n, float* y, int64_t y_stride, int ith, int nth);
+SBEDGE_API int64_t sbedge_spike_matmul_w4(const sbedge_w4* w, const int32_t* counts, const float* thresholds,
+                                          int64_t n, float* y, int64_t y_stride, int ith, int nth);
+
+/* --- GLA --------------------------------------------------------------------------------------------------- */
+
+/* Gated linear attention over n tokens, G states (not H): S = exp(g) * S + k v^T ; o = (q * d^-0.5) S.
+ * q [n, H, d], k v gate [n, G, d] with the given strides between tokens (floats); relu on q and k and
+ * g = logsigmoid(gate) / 16 are applied here. state [G, d, d] is updated in place. out [n, H * d], each head
+ * rms-normalized and times norm_weight [d] (eps). Groups are shared out over threads for small n, (group, column block)
+ * pairs beyond. `scratch` has sbedge_gla_scratch(...) floats for each thread. */
+typedef struct {
+    int64_t heads, groups, d;
+    const float *q, *k, *v, *gate;
+    int64_t q_stride, k_stride, v_stride, gate_stride;
+    const float* norm_weight;
+    float eps;
+} sbedge_gla_input;
+SBEDGE_API int64_t sbedge_gla_scratch(int64_t heads, int64_t groups, int64_t d, int64_t n);
+SBEDGE_API void sbedge_gla(const sbedge_gla_input* in, int64_t n, float* state, float* out, float* scratch, int ith,
+                           int nth);
+
+/* --- sliding window ---------------------------------------------------------------------------------------- */
+
+/* A ring of the last `window` rotated keys and values, slot = position % window (State's canonical layout). */
+typedef struct {
+    int64_t window, groups, d;
+    void *keys, *values;              /* [window, groups, d] float32, or int8 if the scales are given */
+    float *key_scales, *value_scales; /* [window, groups] or NULL */
+} sbedge_ring;
+
+/* Softmax attention of n tokens at positions position..position+n-1, exactly `window` keys each, self included.
+ * q [n, H, d], k v [n, G, d] with strides between tokens (floats), not rotated yet; cos sin [n, d / 2].
+ * query_k > 0: rotated queries are spiked per head vector with that k (W8ASpike). New keys and values go into the ring
+ * (as int8 codes and scales where it is int8: scale = clamp(amax / 127, 1e-5, 1e4)). out [n, H * d].
+ * Groups are shared out over threads. `scratch` has sbedge_window_scratch(...) floats for each thread. */
+typedef struct {
+    int64_t heads;
+    const float *q, *k, *v, *cos, *sin;
+    int64_t q_stride, k_stride, v_stride;
+    float query_k;
+} sbedge_window_input;
+SBEDGE_API int64_t sbedge_window_scratch(int64_t heads, int64_t groups, int64_t d, int64_t window, int64_t n);
+SBEDGE_API void sbedge_window(const sbedge_window_input* in, int64_t position, int64_t n, sbedge_ring* ring, float* out,
+                              float* scratch, int ith, int nth);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
