@@ -1,11 +1,12 @@
 """The `sbedge` command: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code.
 
-0 done · 1 a bug of ours · 2 an error the user can mend · 130 interrupted
+0 done · 1 a bug of ours · 2 an error the user can mend · 130 interrupted · 143 terminated
 """
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,11 +27,13 @@ COMMANDS = {
     "logits": ("commands.logits", "write the logits of a list of token ids to a .npy file"),
     "tokenize": ("commands.tokenize", "turn text into token ids"),
 }
-OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+OK, BUG, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (argparse itself exits with 0 for help and 2 for bad usage)."""
+    if argv is None:        # we are the program: when terminated, tidy up as for any error
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):       # a character the terminal lacks is no reason to stop
