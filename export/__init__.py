@@ -8,6 +8,8 @@ from sbedge.checkpoint import Checkpoint
 from sbedge.errors import ExportError
 from sbedge.runtime.load import open_tokenizer
 
+from .spikes import Spikes
+
 Progress = Callable[[int, int, str], None]      # (bytes done, bytes in total, tensor name)
 
 QUANTS = {"gguf": ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k", "w8-spike"),
@@ -17,13 +19,14 @@ LOSSLESS_SPIKING = {"gguf": "w8-spike", "onnx": "int8"}     # a W8ASpike checkpo
 
 
 def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format: str | None = None,
-                 quant: str | None = None, embedding_quant: str | None = None, force: bool = False,
-                 progress: Progress | None = None) -> None:
+                 quant: str | None = None, embedding_quant: str | None = None, spikes: Spikes | None = None,
+                 force: bool = False, progress: Progress | None = None) -> None:
     """Export `checkpoint` to `out`: a .gguf file, or for ONNX a folder. Tokenizer and chat template go along.
 
     format            "gguf" or "onnx"; None: by the suffix of `out`
     quant             one of QUANTS[format]; None: 8 bit, lossless for a W8ASpike checkpoint
     embedding_quant   the same for embeddings and lm_head; None: 8 bit, or as exact as `quant` where that is lossless
+    spikes            how activations spike, for quant "w8-spike"; None: k = 3 and no dead zone
     force             replace an existing `out`
 
     `out` appears whole or not at all. Raises CheckpointError, TokenizerError (damaged, or not of this model)
@@ -42,9 +45,11 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
     if format == "gguf":
         from .gguf.writer import write_gguf
         metadata = tokenizer.to_gguf_metadata(checkpoint.config.vocab_size) if tokenizer else None
-        write_gguf(checkpoint, out, quant=quant, embedding_quant=embedding_quant, tokenizer_metadata=metadata,
-                   force=force, progress=progress)
+        write_gguf(checkpoint, out, quant=quant, embedding_quant=embedding_quant, spikes=spikes,
+                   tokenizer_metadata=metadata, force=force, progress=progress)
     else:
+        if spikes:
+            raise ExportError("spikes can be set for GGUF exports with quant w8-spike only")
         from .onnx import write_onnx
         write_onnx(checkpoint, out, quant=quant, embedding_quant=embedding_quant, force=force, progress=progress)
 

@@ -100,33 +100,46 @@ class Forward:
         return self.op.mul(self.op.rms_norm(x, self.config.norm_eps), self.weights[weight])
 
     # --- spikes ----------------------------------------------------------------------------------------
+    def spiked_input(self, x: int) -> int:
+        """What the linears of a spiking input take; x itself where the model does not spike."""
+        return self.spiked(x) if self.config.spike_k else x
+
     def spiked(self, x: int, k: str = "k") -> int:
-        """count * threshold over the innermost axis, where the model spikes; x itself where it does not."""
-        if not self.config.spike_k:
-            return x
+        """count * threshold over the innermost axis."""
         op = self.op
-        threshold = op.clamp(op.div(op.mean(op.abs(x)), self.leaf[k]), MIN_SCALE, MAX_SCALE)
-        return op.mul(self.rounded(op.div(x, threshold)), threshold)
+        mean = op.mean(op.abs(x))
+        threshold = op.clamp(op.div(mean, self.leaf[k]), MIN_SCALE, MAX_SCALE)
+        counts = self.rounded(op.div(x, threshold))
+        if self.config.dead_zone and k == "k":
+            live = op.step(op.sub(op.abs(x), op.scale(mean, self.config.dead_zone)))
+            counts = op.mul(counts, live)
+        return op.mul(counts, threshold)
 
     def rounded(self, x: int) -> int:
         return self.op.scale_bias(self.op.scale_bias(x, 1.0, ROUND_EVEN), 1.0, -ROUND_EVEN)
 
     # --- GLA -------------------------------------------------------------------------------------------
     def gla_layer(self, i: int, x: int) -> int:
-        """S_t = exp(g_t) * S_(t-1) + k_t v_t^T ; o_t = q_t S_t / sqrt(d), by ggml's own operation.
+        """S_t = exp(g_t) * S_(t-1) + k_t v_t^T ; o_t = q_t S_t / sqrt(d)."""
+        spikes = self.spiked_input(x)
+        projected = self.linears(i, ("attn_q", "attn_k", "attn_v"), spikes)             # ((H+2G)*d, n)
+        if self.config.gate_rank:
+            gate = self.linear(f"blk.{i}.attn_gk_b", self.linear(f"blk.{i}.attn_gk_a", x))
+        else:
+            gate = self.linears(i, ("attn_gk",), spikes)                                # (G*d, n)
+        return self.linears(i, ("attn_output",), self.spiked_input(self.gla(i, projected, gate)))
+
+    def gla(self, i: int, projected: int, gate: int) -> int:
+        """From q, k, v (rows of `projected`) and gate to (D, n), by ggml's own operation.
 
         That one wants a state for every query head, so k, v, decay and S are repeated r times in scratch
         memory; the State keeps G.
         """
         c, op, n = self.config, self.op, self.n
         H, G, r, d = c.num_attention_heads, c.num_key_value_heads, c.group_size, c.head_dim
-        x = self.spiked(x)
-        qkv = self.linears(i, ("attn_q", "attn_k", "attn_v"), x)                        # ((H+2G)*d, n)
-        row = (H + 2 * G) * d * F4
-        q = op.relu(op.cont(op.view_3d(qkv, d, H, n, d * F4, row, 0)))                  # (d, H, n)
-        k = op.relu(op.cont(op.view_3d(qkv, d, G, n, d * F4, row, H * d * F4)))         # (d, G, n)
-        v = op.cont(op.view_3d(qkv, d, G, n, d * F4, row, (H + G) * d * F4))
-        decay = op.reshape_3d(self.decay(i, x), d, G, n)
+        q, k, v = self.heads(projected, 0, H), self.heads(projected, H, G), self.heads(projected, H + G, G)
+        q, k, v = op.relu(op.cont(q)), op.relu(op.cont(k)), op.cont(v)                  # (d, H, n), (d, G, n)
+        decay = self.decay(gate)
         S = self.state[f"{i}.recurrent_state"]                                          # (d*d, G)
         k, v, decay = (self.per_query_head(t, d, r, G, n) for t in (k, v, decay))       # (d, H, n)
         repeated = op.reshape_2d(self.per_query_head(S, d * d, r, G, 1), d * d * H, 1)
@@ -135,14 +148,21 @@ class Forward:
         self.expand(both)
         last = op.view_2d(both, d * d, G, r * d * d * F4, n * H * d * F4)               # S of each first head
         self.expand(op.cpy(last, S))
-        o = op.reshape_2d(self.norm(o, f"blk.{i}.attn_g_norm.weight"), H * d, n)
-        return self.linear(f"blk.{i}.attn_output", self.spiked(o))
+        return op.reshape_2d(self.norm(o, f"blk.{i}.attn_g_norm.weight"), H * d, n)
 
-    def decay(self, i: int, x: int) -> int:
-        """exp(logsigmoid(gate) / 16) = exp(-softplus(-gate) / 16), (G*d, n)."""
-        op, c = self.op, self.config
-        gate = (self.linear(f"blk.{i}.attn_gk_b", self.linear(f"blk.{i}.attn_gk_a", x)) if c.gate_rank
-                else self.linear(f"blk.{i}.attn_gk", x))
+    def heads(self, x: int, first: int, count: int) -> int:
+        """Heads [first, first + count) of the rows of x, as a view (d, count, n)."""
+        d = self.config.head_dim
+        row = self.width(x) * F4
+        return self.op.view_3d(x, d, count, self.n, d * F4, row, first * d * F4)
+
+    def width(self, x: int) -> int:
+        """Innermost size of a float32 tensor of n rows."""
+        return self.f.nbytes(x) // (F4 * self.n)
+
+    def decay(self, gate: int) -> int:
+        """exp(logsigmoid(gate) / 16) = exp(-softplus(-gate) / 16)."""
+        op = self.op
         return op.exp(op.scale(op.softplus(op.neg(gate)), -1.0 / GATE_DIVISOR))
 
     def per_query_head(self, x: int, width: int, r: int, G: int, n: int) -> int:
@@ -154,24 +174,27 @@ class Forward:
 
     # --- sliding window --------------------------------------------------------------------------------
     def window_layer(self, i: int, x: int) -> int:
-        """Softmax attention over the last W tokens; new keys and values go into the ring."""
-        c, op, n = self.config, self.op, self.n
-        H, G, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        qkv = self.linears(i, ("attn_q", "attn_k", "attn_v"), self.spiked(x))           # ((H+2G)*d, n)
-        row = (H + 2 * G) * d * F4
-        qk = self.rotated(op.view_3d(qkv, d, H + G, n, d * F4, row, 0))                 # (d, H+G, n)
-        q = op.view_3d(qk, d, H, n, d * F4, (H + G) * d * F4, 0)                        # (d, H, n)
-        k = op.view_3d(qk, d, G, n, d * F4, (H + G) * d * F4, H * d * F4)               # (d, G, n)
-        v = op.view_3d(qkv, d, G, n, d * F4, row, (H + G) * d * F4)
-        q, k, v = self.spiked(q, "query_k"), self.cached(f"{i}.keys", k), self.cached(f"{i}.values", v)
-        if n == 1:      # the slot it takes is that of the one token that just left the window
+        """Softmax attention over the last W tokens."""
+        projected = self.linears(i, ("attn_q", "attn_k", "attn_v"), self.spiked_input(x))   # ((H+2G)*d, n)
+        return self.linears(i, ("attn_output",), self.spiked_input(self.window(i, projected)))
+
+    def window(self, i: int, projected: int) -> int:
+        """From q, k, v (rows of `projected`) to (D, n); new keys and values go into the ring."""
+        c, op = self.config, self.op
+        H, G = c.num_attention_heads, c.num_key_value_heads
+        qk = self.rotated(self.heads(projected, 0, H + G))                              # (d, H+G, n)
+        q = self.heads(qk, 0, H)
+        k = self.cached(f"{i}.keys", self.heads(qk, H, G))
+        v = self.cached(f"{i}.values", self.heads(projected, H + G, G))
+        if c.int8_window:
+            q = self.spiked(op.cont(q), "query_k")
+        if self.n == 1:     # the slot it takes is that of the one token that just left the window
             self.store(i, k, v)
-            o = self.attend_one(i, q)
-        else:
-            o = self.attend_many(i, q, k, v)
-            self.expand(o)
-            self.store(i, k, v)
-        return self.linear(f"blk.{i}.attn_output", self.spiked(o))
+            return self.attend_one(i, q)
+        o = self.attend_many(i, q, k, v)
+        self.expand(o)
+        self.store(i, k, v)
+        return o
 
     def rotated(self, x: int) -> int:
         """Rotary embedding of x (d, heads, n): x * [cos, cos] + (halves of x swapped) * [-sin, sin]."""
@@ -232,5 +255,9 @@ class Forward:
 
     # --- FFN -------------------------------------------------------------------------------------------
     def ffn(self, i: int, x: int) -> int:
-        return self.linear(f"blk.{i}.ffn_down",
-                           self.op.swiglu(self.linears(i, ("ffn_gate", "ffn_up"), self.spiked(x))))
+        h = self.gated(i, x)                                                            # (F, n)
+        return self.linears(i, ("ffn_down",), self.spiked_input(h) if self.config.spike_down else h)
+
+    def gated(self, i: int, x: int) -> int:
+        """silu(gate) * up, (F, n)."""
+        return self.op.swiglu(self.linears(i, ("ffn_gate", "ffn_up"), self.spiked_input(x)))

@@ -18,6 +18,7 @@ from sbedge.gguf_format import TYPES, expected_gguf_tensors
 from sbedge.gguf_reader import GgufFile
 from sbedge.quant.event_layout import join_codes
 from sbedge.quant.ggml_library import InitParams, load_ggml
+from sbedge.quant.int8_groups import dequantize_int8_groups
 
 REPACKED = "Q4_0"       # ggml's interleaved layout: 1.2 to 1.4 times faster; other types crash or gain nothing
 GROUPS = (("attn_q.weight", "attn_k.weight", "attn_v.weight"), ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
@@ -146,7 +147,7 @@ def check_tensors(file: GgufFile, config: ModelConfig) -> None:
 def _check_event_layout(file: GgufFile, name: str, shape: tuple[int, ...]) -> set[str]:
     stem, (out, width) = name.removesuffix("weight"), shape
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-        stem + "codes": ("I8", (width, out)), stem + "scales": ("F32", (width // WEIGHT_GROUP, out))}
+        stem + "codes": ("I8", (width, out)), stem + "scales": ("F32", (-(-width // WEIGHT_GROUP), out))}
     if stem + "residual_index" in file.tensors:
         count = file.tensors[stem + "residual_index"].shape
         wanted |= {stem + "residual_index": ("I32", count), stem + "residual_value": ("I32", count)}
@@ -169,8 +170,7 @@ def decode_event_layout(file: GgufFile, name: str) -> np.ndarray:
     residual = [file.array(stem + part) if stem + part in file.tensors else nothing
                 for part in ("residual_index", "residual_value")]
     codes = join_codes(file.array(stem + "codes"), residual[0], residual[1])
-    scales = file.array(stem + "scales").T[..., None]                       # [out, in/128, 1]
-    return (codes.reshape(len(codes), -1, WEIGHT_GROUP).astype(np.float32) * scales).reshape(codes.shape)
+    return dequantize_int8_groups(codes, file.array(stem + "scales").T)
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:

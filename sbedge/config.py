@@ -19,8 +19,9 @@ MAX_SIZE = 1 << 24      # no dimension of a real model is larger; bounds what an
 class ModelConfig:
     """Sizes and switches of one model; field names are the keys of config.json.
 
-    `attn_layers` lists the sliding-window layers, all others are GLA. The last three fields are not in
-    config.json: they follow from which tensors a checkpoint holds (`Checkpoint` fills them in).
+    `attn_layers` lists the sliding-window layers, all others are GLA. The fields from `gate_rank` on are not in
+    config.json: they follow from which tensors a checkpoint holds (`Checkpoint` fills them in) and, for a base
+    checkpoint exported with spikes, from the export's options.
     """
 
     hidden_size: int
@@ -39,7 +40,9 @@ class ModelConfig:
     pad_token_id: int | None = None
     gate_rank: int = GATE_RANK          # 0: the gate projection is one full-rank matrix (W8ASpike)
     spike_k: float = 0.0                # firing threshold = mean|x| / k; 0: activations are not spiked
-    int8_window: bool = False           # sliding-window keys and values are kept as int8 codes
+    int8_window: bool = False           # W8ASpike's attention: keys and values as int8 codes, queries spiked
+    spike_down: bool = False            # the input of down_proj spikes, too (the published W8ASpike leaves it out)
+    dead_zone: float = 0.0              # channels with |x| < dead_zone * mean|x| are silent
 
     @property
     def head_dim(self) -> int:
@@ -91,6 +94,8 @@ class ModelConfig:
             gate_rank=_size(raw, "gate_rank", source, low=0) if "gate_rank" in raw else GATE_RANK,
             spike_k=_positive(raw, "spike_k", 0.0, source, low=0.0),
             int8_window=_flag(raw, "int8_window", source),
+            spike_down=_flag(raw, "spike_down", source),
+            dead_zone=_positive(raw, "dead_zone", 0.0, source, low=0.0),
         )
 
     @classmethod
@@ -109,7 +114,8 @@ class ModelConfig:
         return cls.from_dict({k: v for k, v in raw.items() if k not in unpublished}, source=str(path))
 
 
-PUBLISHED_KEYS = {f.name for f in fields(ModelConfig)} - {"gate_rank", "spike_k", "int8_window"}
+PUBLISHED_KEYS = {f.name for f in fields(ModelConfig)} - {"gate_rank", "spike_k", "int8_window", "spike_down",
+                                                         "dead_zone"}
 
 
 def _check_architecture(raw: Mapping[str, Any], source: str) -> None:

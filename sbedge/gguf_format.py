@@ -2,7 +2,7 @@
 
 Linears are stored [out, in] in ggml's types. An event layout (quant `w8-spike`) replaces NAME.weight by
     NAME.codes           [in, out]      I8    input-channel-major, so that a silent channel is a row never fetched
-    NAME.scales          [in/128, out]  F32   weight = code * scale of its group of 128 inputs
+    NAME.scales          [in/128, out]  F32   weight = code * scale of its group of 128 inputs (the last may be shorter)
     NAME.residual_index  [m] I32, NAME.residual_value [m] I32   (absent if m = 0)
                          what codes beyond int8 lack: codes.flat[index] + value is the exact code
 """
@@ -49,7 +49,8 @@ KEYS = {"num_hidden_layers": "block_count", "hidden_size": "embedding_length",
         "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
         "norm_eps": "attention.layer_norm_rms_epsilon", "sliding_window": "attention.sliding_window",
         "int8_window": "attention.int8_window", "rope_theta": "rope.freq_base", "gate_rank": "gate.rank",
-        "spike_k": "spike.k", "tie_word_embeddings": "tie_word_embeddings",
+        "spike_k": "spike.k", "spike_down": "spike.down", "dead_zone": "spike.dead_zone",
+        "tie_word_embeddings": "tie_word_embeddings",
         "bos_token_id": "bos_token_id", "pad_token_id": "pad_token_id", "eos_token_id": "eos_token_ids"}
 WINDOW_PATTERN = "attention.sliding_window_pattern"     # one boolean a layer, as llama.cpp writes it
 SOURCE_KEYS = ("fingerprint", "recipe", "exporter")     # under "spikingbrain.source."

@@ -6,7 +6,7 @@ read, not to be fast. Source: SpikingBrain report sections 2 and 3.3 and BICLab'
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,14 @@ QUERY_SPIKE_K = 3.0     # sliding-window queries of a spiking model are always c
 class Reference:
     """Engine over a checkpoint: D hidden, H query heads, G key/value heads, d head size, W window."""
 
-    def __init__(self, checkpoint: Checkpoint | str | Path):
+    def __init__(self, checkpoint: Checkpoint | str | Path, *, config: ModelConfig | None = None,
+                 weight: Callable[[str], np.ndarray] | None = None):
+        """`config` and `weight` (name -> float32) replace the checkpoint's own: what an export made of them."""
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint(checkpoint)
-        self.config: ModelConfig = checkpoint.config
+        self.config = config or checkpoint.config
         names = [n for n in checkpoint.names() if not n.endswith(".scales")]
-        self.weights = {name: checkpoint.weight(name) for name in names}
+        self.weights = {name: (weight or checkpoint.weight)(name) for name in names}
         self.lm_head = self.weights.get("lm_head.weight", self.weights["model.embeddings.weight"])    # [V, D]
 
     def new_state(self) -> State:
@@ -58,8 +60,9 @@ class Reference:
     # --- the pieces of a layer -----------------------------------------------------------------
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
         """x [n, in] -> [n, out]; the input is spiked first where the model spikes."""
-        if self.config.spike_k and name.rsplit(".", 1)[-1] in SPIKING_PROJECTIONS:
-            count, threshold = spike_encode(x, self.config.spike_k)
+        c, projection = self.config, name.rsplit(".", 1)[-1]
+        if c.spike_k and (projection in SPIKING_PROJECTIONS or (c.spike_down and projection == "down_proj")):
+            count, threshold = spike_encode(x, c.spike_k, c.dead_zone)
             x = count * threshold
         y = x @ self.weights[f"{name}.weight"].T
         bias = self.weights.get(f"{name}.bias")
@@ -96,7 +99,7 @@ class Reference:
         k = self.linear(attn + "k_proj", x).reshape(n, G, d)
         v = self.linear(attn + "v_proj", x).reshape(n, G, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if c.spike_k:
+        if c.int8_window:
             count, threshold = spike_encode(q, QUERY_SPIKE_K)
             q = count * threshold
         grouped = q.reshape(n, G, c.group_size, d)
@@ -132,11 +135,15 @@ class Reference:
 
 
 # --- functions -----------------------------------------------------------------------------------
-def spike_encode(x: np.ndarray, k: float) -> tuple[np.ndarray, np.ndarray]:
-    """Spike counts (whole numbers, float32, unclamped) and firing thresholds over the last axis (report 3.3)."""
+def spike_encode(x: np.ndarray, k: float, dead_zone: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Spike counts (whole numbers, float32, unclamped) and firing thresholds over the last axis (report 3.3).
+
+    Channels with |x| < dead_zone * mean|x| stay silent, whatever their count would be.
+    """
     mean = np.asarray(np.mean(np.abs(x), axis=-1, keepdims=True, dtype=np.float32))
     threshold = np.asarray(np.clip(mean / np.float32(k), np.float32(1e-5), np.float32(1e4)))
-    return np.round(x / threshold), threshold            # np.round is half to even
+    count = np.round(x / threshold)                      # np.round is half to even
+    return np.where(np.abs(x) < np.float32(dead_zone) * mean, np.float32(0), count), threshold
 
 
 def int8_encode(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

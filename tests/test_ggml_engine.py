@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from compare import assert_close, assert_same_model, kl_divergence, run
+from compare import assert_close, assert_same_model, assert_same_spiking, kl_divergence, run
 from golden import FOLDERS, TINY, W8ASPIKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +12,7 @@ from tiny import write_tiny_checkpoint
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import InputError, ModelFileError, StateError
 from sbedge.export.gguf.writer import write_gguf
+from sbedge.export.spikes import Spikes, event_weight, exported_config
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.reference import Reference
 from sbedge.runtime.ggml_engine import GgmlEngine
@@ -142,6 +143,20 @@ def test_w8_spike_holds_the_published_weights_bit_for_bit(tmp_path):
     assert any(t.endswith("residual_value") for t in file.tensors)
     for name in names:
         np.testing.assert_array_equal(decode_event_layout(file, gguf_name(name)), checkpoint.weight(name))
+
+
+@pytest.mark.parametrize(("overrides", "spikes"), [
+    ({}, Spikes()), ({}, Spikes(k=4, dead_zone=0.3)),
+    ({"hidden_size": 6 * 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 300}, Spikes())])
+def test_a_base_checkpoint_exported_with_spikes_follows_the_reference(overrides, spikes, tmp_path):
+    """Widths that are no multiple of 128 included: the last group of a weight is shorter then."""
+    folder = write_tiny_checkpoint(tmp_path / "c", **overrides)
+    checkpoint = Checkpoint(folder)
+    engine = export(folder, tmp_path / "m.gguf", "w8-spike", spikes=spikes, embedding_quant="f32")
+    assert engine.config == exported_config(checkpoint, "w8-spike", spikes)
+    reference = Reference(checkpoint, config=engine.config, weight=lambda name: event_weight(checkpoint, name))
+    assert_same_spiking(reference, engine)
+    assert_same_spiking(reference, engine, [1] * 16)
 
 
 def test_an_int8_window_continues_from_a_state_that_another_engine_moved(tmp_path):

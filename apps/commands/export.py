@@ -13,6 +13,7 @@ from sbedge.checkpoint import Checkpoint
 from sbedge.errors import EngineUnavailable
 from sbedge.export import QUANTS, default_quant, export_model, format_of
 from sbedge.export.report import Report, compare, sample_ids
+from sbedge.export.spikes import Spikes
 from sbedge.reference import Reference
 from sbedge.runtime.load import ENGINE_OF, open_engine, open_tokenizer
 
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="number format of the weights (default: 8 bit, lossless for W8ASpike)")
     parser.add_argument("--embedding-quant", metavar="NAME",
                         help="for embeddings and lm_head (default: 8 bit, exact where --quant is)")
+    parser.add_argument("--spike-k", type=float, metavar="K",
+                        help="w8-spike: firing threshold is mean|x| / K; larger is finer and less silent (default 3)")
+    parser.add_argument("--dead-zone", type=float, metavar="Z",
+                        help="w8-spike: channels with |x| below Z * mean|x| stay silent (default 0)")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=None,
                         help="compare with float32 (default: if the checkpoint is under 2 GB)")
@@ -42,17 +47,20 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint(args.checkpoint)
     format = args.format or format_of(args.output)
     quant = args.quant or default_quant(checkpoint, format)
+    asked = {"k": args.spike_k, "dead_zone": args.dead_zone}
+    spikes = Spikes(**{k: v for k, v in asked.items() if v is not None}) if set(asked.values()) != {None} else None
     start = time.perf_counter()
     with progress_bar() as bar:
         export_model(checkpoint, args.output, format=format, quant=quant, embedding_quant=args.embedding_quant,
-                     force=args.force, progress=lambda done, total, name: bar(name, done, total))
+                     spikes=spikes, force=args.force, progress=lambda done, total, name: bar(name, done, total))
     seconds = time.perf_counter() - start
     small = checkpoint_bytes(checkpoint) < SMALL_CHECKPOINT
     wanted = small if args.report is None else args.report
     report = report_on(checkpoint, args.output, format) if wanted else None
     summary = {"output": str(args.output), "format": format, "quant": quant, "bytes": size_of(args.output),
                "seconds": round(seconds, 3), "fingerprint": checkpoint.fingerprint,
-               "report": report.to_dict() if report else None, "spiking": bool(checkpoint.config.spike_k)}
+               "report": report.to_dict() if report else None,
+               "spiking": quant.endswith("-spike") or bool(checkpoint.config.spike_k)}
     if args.json:
         print(json.dumps(summary))
     else:

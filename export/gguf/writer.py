@@ -15,13 +15,14 @@ import numpy as np
 
 import sbedge
 from sbedge.checkpoint import Checkpoint
-from sbedge.config import WEIGHT_GROUP
+from sbedge.config import WEIGHT_GROUP, ModelConfig
 from sbedge.errors import ExportError, SbedgeError
+from sbedge.export.spikes import Spikes, exported_config, is_event_linear, weight_codes
 from sbedge.gguf_format import ARCHITECTURE, TYPES, config_metadata, gguf_name, row_bytes
 from sbedge.quant.event_layout import split_codes
 from sbedge.quant.ggml_library import load_ggml, quantize_rows
 
-ALIGNMENT = 32
+ALIGNMENT = 64              # rows of event layouts start on cache lines
 BLOCK_BYTES = 1 << 24       # float32 bytes quantized at a time
 THREADS = 2
 
@@ -49,26 +50,28 @@ class Tensor:
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quant: str | None = None,
-               tokenizer_metadata: dict[str, Any] | None = None, progress: Progress | None = None,
-               force: bool = False) -> None:
+               spikes: Spikes | None = None, tokenizer_metadata: dict[str, Any] | None = None,
+               progress: Progress | None = None, force: bool = False) -> None:
     """Write `checkpoint` to `path` in one of QUANTS; embeddings and lm_head have their own.
 
-    The file appears whole or not at all. `progress(done_bytes, total_bytes, tensor_name)` is called after
-    each block. Raises ExportError (bad option, existing path, full disk).
+    `spikes` says how activations spike where `quant` is w8-spike (see Spikes). The file appears whole or not at
+    all. `progress(done_bytes, total_bytes, tensor_name)` is called after each block.
+    Raises ExportError (bad option, existing path, full disk).
     """
     path = Path(path)
-    embedding_quant = embedding_quant or default_embedding_quant(quant)
+    embedding_quant = embedding_quant or default_embedding_quant(checkpoint, quant)
     _check_options(checkpoint, quant, embedding_quant)
     if path.exists() and not force:
         raise ExportError(f"{path}: exists already; choose another name or pass --force")
     if path.is_dir():
         raise ExportError(f"{path}: is a folder; a GGUF export is one file")
+    config = exported_config(checkpoint, quant, spikes)
     recipe = f"{quant}, embeddings {embedding_quant}"
     tensors = [t for name in checkpoint.names() if not name.endswith(".scales")
                for t in _plan(checkpoint, name, quant, embedding_quant)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _write_header(temporary, checkpoint, quant, recipe, tokenizer_metadata or {}, tensors)
+        _write_header(temporary, checkpoint, config, quant, recipe, tokenizer_metadata or {}, tensors)
         _write_data(temporary, checkpoint, tensors, progress)
         os.replace(temporary, path)
     except OSError as error:
@@ -78,9 +81,11 @@ def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quan
         temporary.unlink(missing_ok=True)
 
 
-def default_embedding_quant(quant: str) -> str:
+def default_embedding_quant(checkpoint: Checkpoint, quant: str) -> str:
     """8 bit, except where the linears are kept exact too."""
-    return {"f32": "f32", "f16": "f16", "w8-spike": "f32"}.get(quant, "q8_0")
+    if quant == "w8-spike" and checkpoint.is_w8aspike:
+        return "f32"
+    return quant if quant in ("f32", "f16") else "q8_0"
 
 
 def _check_options(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> None:
@@ -90,15 +95,12 @@ def _check_options(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> 
             raise ExportError(f"{option} {value!r} is not known for GGUF, expected one of {', '.join(allowed)}")
         if value.endswith("_k"):
             load_ggml()     # only ggml itself can make k-quants: say so before anything is written
-    if quant == "w8-spike" and not checkpoint.is_w8aspike:
-        raise ExportError(f"{checkpoint.folder}: quant w8-spike needs a W8ASpike checkpoint (int8 codes, spiking "
-                          "activations); this one has neither, choose q8_0 or another")
 
 
 # --- what goes into the file -----------------------------------------------------------------------
 def _plan(checkpoint: Checkpoint, name: str, quant: str, embedding_quant: str) -> list[Tensor]:
     shape = checkpoint.shapes[name]
-    if checkpoint.is_quantized(name) and quant == "w8-spike":
+    if quant == "w8-spike" and is_event_linear(checkpoint, name):
         return _event_layout(checkpoint, name)
     kind = _type_of(name, shape, embedding_quant if name in EMBEDDINGS else quant)
     rows = shape[0] if len(shape) == 1 else max(1, BLOCK_BYTES // (4 * shape[1]))
@@ -123,9 +125,9 @@ def _type_of(name: str, shape: tuple[int, ...], quant: str) -> str:
 
 
 def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
-    """The published int8 codes of one linear, input-channel-major, lossless (see sbedge/gguf_format.py)."""
+    """The int8 codes of one linear, input-channel-major (see sbedge/gguf_format.py); lossless for W8ASpike."""
     out, width = checkpoint.shapes[name]
-    residual = split_codes(checkpoint.weight_codes(name)[0])[1]
+    groups = -(-width // WEIGHT_GROUP)
     stem = gguf_name(name).removesuffix("weight")
 
     def part(suffix: str, shape: tuple[int, ...], kind: str, make: Callable[[], np.ndarray]) -> Tensor:
@@ -133,23 +135,25 @@ def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
 
     def split(index: int) -> np.ndarray:
         # Each part reads the checkpoint again when its turn comes: no layer is held from plan to write.
-        return split_codes(checkpoint.weight_codes(name)[0])[index]
+        return split_codes(weight_codes(checkpoint, name)[0])[index]
 
     parts = [part("codes", (width, out), "I8", partial(split, 0)),
-             part("scales", (width // WEIGHT_GROUP, out), "F32", lambda: checkpoint.weight_codes(name)[1].T)]
-    if len(residual):
-        parts += [part("residual_index", residual.shape, "I32", partial(split, 1)),
-                  part("residual_value", residual.shape, "I32", partial(split, 2))]
+             part("scales", (groups, out), "F32", lambda: weight_codes(checkpoint, name)[1].T)]
+    residual = len(split(1)) if checkpoint.is_w8aspike else 0
+    if residual:
+        parts += [part("residual_index", (residual,), "I32", partial(split, 1)),
+                  part("residual_value", (residual,), "I32", partial(split, 2))]
     return parts
 
 
 # --- writing ---------------------------------------------------------------------------------------
-def _write_header(path: Path, checkpoint: Checkpoint, quant: str, recipe: str, tokenizer: dict[str, Any],
-                  tensors: list[Tensor]) -> None:
+def _write_header(path: Path, checkpoint: Checkpoint, config: ModelConfig, quant: str, recipe: str,
+                  tokenizer: dict[str, Any], tensors: list[Tensor]) -> None:
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer.add_custom_alignment(ALIGNMENT)
     metadata = {"general.name": checkpoint.folder.resolve().name, "general.quantization_version": 2,
                 **({"general.file_type": FILE_TYPES[quant]} if quant in FILE_TYPES else {}),
-                **config_metadata(checkpoint.config),
+                **config_metadata(config),
                 f"{ARCHITECTURE}.source.fingerprint": checkpoint.fingerprint,
                 f"{ARCHITECTURE}.source.recipe": recipe,
                 f"{ARCHITECTURE}.source.exporter": f"sbedge {sbedge.__version__}", **tokenizer}

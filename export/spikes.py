@@ -1,0 +1,66 @@
+"""Which linears of an export spike, and with which int8 weights."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sbedge.checkpoint import Checkpoint
+from sbedge.config import ModelConfig
+from sbedge.errors import ExportError
+from sbedge.quant.int8_groups import dequantize_int8_groups, quantize_int8_groups
+
+# Of a checkpoint that was not trained to spike: every large linear. The low-rank gate stays float32, for it decides
+# how long the model remembers.
+EVENT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Spikes:
+    """How activations spike: threshold = mean|x| / k; channels with |x| < dead_zone * mean|x| are silent."""
+
+    k: float = 3.0
+    dead_zone: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.k <= 1000:
+            raise ExportError(f"spike k is {self.k:g}, expected 0.1 to 1000")
+        if not 0 <= self.dead_zone <= 100:
+            raise ExportError(f"dead zone is {self.dead_zone:g}, expected 0 to 100 (times the mean of |x|)")
+
+
+def exported_config(checkpoint: Checkpoint, quant: str, spikes: Spikes | None) -> ModelConfig:
+    """The model an export holds. A W8ASpike checkpoint spikes as it was trained to (k = 3)."""
+    config = checkpoint.config
+    if spikes and not quant.endswith("-spike"):
+        raise ExportError(f"quant {quant} has no spikes to set; choose w8-spike")
+    if not quant.endswith("-spike"):
+        return config
+    spikes = spikes or Spikes()
+    if checkpoint.is_w8aspike:
+        if spikes.k != config.spike_k:
+            raise ExportError(f"{checkpoint.folder}: W8ASpike was trained with spike k {config.spike_k:g}, "
+                              f"found {spikes.k:g}; leave the option out")
+        return replace(config, dead_zone=spikes.dead_zone)
+    return replace(config, spike_k=spikes.k, spike_down=True, dead_zone=spikes.dead_zone)
+
+
+def is_event_linear(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether an event export stores this tensor as codes of a linear whose input spikes."""
+    if checkpoint.is_w8aspike:
+        return checkpoint.is_quantized(name)
+    return name.endswith(".weight") and name.split(".")[-2] in EVENT_LINEARS
+
+
+def weight_codes(checkpoint: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Integer codes [out, in] and scales [out, ceil(in/128)]: the published ones, or rounded to int8 here."""
+    if checkpoint.is_w8aspike:
+        return checkpoint.weight_codes(name)
+    return quantize_int8_groups(checkpoint.weight(name))
+
+
+def event_weight(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """The float32 weight an event export computes with: what a Reference of that export is given."""
+    if not is_event_linear(checkpoint, name):
+        return checkpoint.weight(name)
+    return dequantize_int8_groups(*weight_codes(checkpoint, name))
