@@ -1,0 +1,371 @@
+// Spike coding and event-driven matmul, shared by every instruction set. A Backend gives the inner loops:
+//   LIMIT     the largest |count| its fast path takes; larger ones are added one row at a time, in int32
+//   OFFSET    what it adds to an int8 code (128 where the dot product wants unsigned bytes), taken off again at scaling
+//   TOKENS    tokens its tile product takes at once
+//   rows(layer, block, first row, live, counts, range, sums)  decode: sums[o] = sum of count * code over live rows
+//   pack(layer, rows, live, range, tile)                      prefill: a tile [live / 4][64 outputs][4 rows] of codes
+//   product(tile, quads, counts, sums)                        prefill: sums [TOKENS][64] of a tile
+// Everything lives in an unnamed namespace: each file that includes this compiles its own copy, for its own
+// instruction set, and the linker must not merge them.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "internal.h"
+
+namespace sbedge {
+namespace {
+
+constexpr int GROUP = SBEDGE_GROUP;
+constexpr int64_t DECODE_TILE = 4096;  // outputs; their int32 sums stay in the L1 cache
+constexpr int64_t TILE = OUTPUT_BLOCK; // outputs of a prefill tile
+constexpr int64_t TOKEN_BLOCK = 64;    // tokens that share one pass over the weights in prefill
+
+// --- spike coding --------------------------------------------------------------------------------------------------
+
+// Sum of value(i) in float64, in one fixed order whatever the instruction set.
+template <class Value>
+double sum(int64_t width, Value value) {
+    constexpr int LANES = 16;
+    double lanes[LANES] = {};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES)
+        for (int j = 0; j < LANES; ++j) lanes[j] += value(i + j);
+    for (int j = 0; i + j < width; ++j) lanes[j] += value(i + j);
+    double total = 0;
+    for (double lane : lanes) total += lane;
+    return total;
+}
+
+// Counts of one row given by value(i); NaN counts as silence (a NaN threshold carries it on), and what int32 cannot
+// hold is saturated. Returns the threshold.
+template <class Value>
+float encode_row(int64_t width, float k, float dead_zone, int32_t* counts, Value value) {
+    constexpr float LARGEST = 2147483520.0f;
+    const float mean = static_cast<float>(sum(width, [&](int64_t i) { return std::fabs(double(value(i))); }) / width);
+    float threshold = mean / k;
+    threshold = threshold < 1e-5f ? 1e-5f : threshold;
+    threshold = threshold > 1e4f ? 1e4f : threshold;
+    const float silence = dead_zone * mean;
+    for (int64_t i = 0; i < width; ++i) {
+        const float x = value(i);
+        float count = __builtin_rintf(x / threshold);  // half to even in the default rounding mode
+        count = std::fabs(x) < silence || count != count ? 0.0f : count;
+        count = count > LARGEST ? LARGEST : count;
+        counts[i] = static_cast<int32_t>(count < -LARGEST ? -LARGEST : count);
+    }
+    return threshold;
+}
+
+void spike_encode(const float* x, int64_t n, int64_t width, float k, float dead_zone, int32_t* counts,
+                  float* thresholds, int ith, int nth) {
+    const Range rows = share(n, 1, ith, nth);
+    for (int64_t t = rows.begin; t < rows.end; ++t) {
+        const float* row = x + t * width;
+        thresholds[t] = encode_row(width, k, dead_zone, counts + t * width, [=](int64_t i) { return row[i]; });
+    }
+}
+
+void norm_spike_encode(const float* x, const float* norm_weight, float eps, int64_t n, int64_t width, float k,
+                       float dead_zone, float* normed, int32_t* counts, float* thresholds, int ith, int nth) {
+    const Range rows = share(n, 1, ith, nth);
+    for (int64_t t = rows.begin; t < rows.end; ++t) {
+        const float* row = x + t * width;
+        const double squares = sum(width, [=](int64_t i) { return double(row[i]) * row[i]; });
+        const float size = std::sqrt(static_cast<float>(squares / width) + eps);
+        const auto value = [=](int64_t i) { return row[i] / size * norm_weight[i]; };
+        thresholds[t] = encode_row(width, k, dead_zone, counts + t * width, value);
+        if (normed)
+            for (int64_t i = 0; i < width; ++i) normed[t * width + i] = value(i);
+    }
+}
+
+// --- layers --------------------------------------------------------------------------------------------------------
+
+// Sums are taken modulo 2^32: exact while the true sum of a group fits int32, which any sum of |count| below 2^23 does.
+inline void add(int32_t& sum, int32_t count, int32_t code) {
+    sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(count) * static_cast<uint32_t>(code));
+}
+
+struct Int8Layer {
+    const sbedge_w8& w;
+    int64_t in, out, group;
+    explicit Int8Layer(const sbedge_w8& w) : w(w), in(w.in), out(w.out), group(GROUP) {}
+
+    static int64_t bytes(int64_t outputs) { return outputs; }
+    const uint8_t* row(int64_t i, int64_t output) const {
+        return reinterpret_cast<const uint8_t*>(w.codes) + i * out + output;
+    }
+    // One row of any count, exactly.
+    void add_row(int64_t i, int32_t count, Range outputs, int offset, int32_t* sums) const {
+        const int8_t* codes = w.codes + i * out;
+        for (int64_t o = outputs.begin; o < outputs.end; ++o) add(sums[o - outputs.begin], count, codes[o] + offset);
+    }
+    bool has_residual() const { return w.residual_start; }
+    // The entries of row i among these outputs.
+    Range residual(int64_t i, Range outputs) const {
+        int64_t begin = w.residual_start[i], end = w.residual_start[i + 1], stop = end;
+        while (begin < stop) {
+            const int64_t middle = begin + (stop - begin) / 2;
+            if (w.residual_output[middle] < outputs.begin) begin = middle + 1;
+            else stop = middle;
+        }
+        int64_t last = begin;
+        while (last < end && w.residual_output[last] < outputs.end && w.residual_output[last] >= outputs.begin) ++last;
+        return {begin, last};
+    }
+    void add_residual(Range entries, int32_t count, int64_t first_output, int32_t* sums) const {
+        for (int64_t e = entries.begin; e < entries.end; ++e)
+            add(sums[w.residual_output[e] - first_output], count, w.residual_value[e]);
+    }
+    // y += scale * (sums less what the offset of the codes brought in)
+    void scale(int64_t g, int32_t counts, Range outputs, int offset, const int32_t* sums, float* y) const {
+        const float* scales = w.scales + g * out + outputs.begin;
+        const uint32_t extra = static_cast<uint32_t>(counts) * static_cast<uint32_t>(offset);
+        for (int64_t o = 0; o < outputs.end - outputs.begin; ++o)
+            y[o] += static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[o]) - extra)) * scales[o];
+    }
+};
+
+struct Int4Layer {
+    const sbedge_w4& w;
+    int64_t in, out, group;
+    explicit Int4Layer(const sbedge_w4& w) : w(w), in(w.in), out(w.out), group(w.group) {}
+
+    static int64_t bytes(int64_t outputs) { return outputs / 2; }
+    const uint8_t* row(int64_t i, int64_t output) const { return w.nibbles + (i * out + output) / 2; }
+    void add_row(int64_t i, int32_t count, Range outputs, int, int32_t* sums) const {
+        for (int64_t o = outputs.begin; o < outputs.end; o += 64, sums += 64) {
+            const uint8_t* block = row(i, o);
+            for (int b = 0; b < 32; ++b) {
+                add(sums[b], count, block[b] & 15);
+                add(sums[b + 32], count, block[b] >> 4);
+            }
+        }
+    }
+    bool has_residual() const { return false; }
+    Range residual(int64_t, Range) const { return {0, 0}; }
+    void add_residual(Range, int32_t, int64_t, int32_t*) const {}
+    void scale(int64_t g, int32_t counts, Range outputs, int, const int32_t* sums, float* y) const {
+        const int64_t start = g * out + outputs.begin, width = outputs.end - outputs.begin;
+        const float* scales = w.scales + start;
+        const uint32_t total = static_cast<uint32_t>(counts);
+        if (w.zeros) {
+            const uint8_t* zeros = w.zeros + start;
+            for (int64_t o = 0; o < width; ++o)
+                y[o] += static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[o]) - total * zeros[o])) *
+                        scales[o];
+        } else {
+            for (int64_t o = 0; o < width; ++o)
+                y[o] += static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[o]) - total * 8)) * scales[o];
+        }
+    }
+};
+
+// y = y * threshold + bias
+void finish(Range outputs, float threshold, const float* bias, float* y) {
+    for (int64_t o = outputs.begin; o < outputs.end; ++o) y[o] *= threshold;
+    if (bias)
+        for (int64_t o = outputs.begin; o < outputs.end; ++o) y[o] += bias[o];
+}
+
+// --- decode: one token ---------------------------------------------------------------------------------------------
+
+// The live channels of one group. `rows` are counted from the group's first.
+struct Live {
+    int32_t row[GROUP], count[GROUP];              // |count| <= limit
+    int32_t large_row[GROUP], large_count[GROUP];  // the others
+    int live, large;
+    int32_t sum;  // of all counts, modulo 2^32
+
+    void collect(const int32_t* counts, int64_t group, int limit) {
+        live = large = 0;
+        uint32_t total = 0;
+        for (int32_t i = 0; i < group; ++i) {
+            const int32_t s = counts[i];
+            total += static_cast<uint32_t>(s);
+            const bool fits = s >= -limit && s <= limit;
+            row[live] = large_row[large] = i;
+            count[live] = large_count[large] = s;
+            live += fits && s;
+            large += !fits;
+        }
+        sum = static_cast<int32_t>(total);
+    }
+};
+
+template <class Backend, class Layer>
+int64_t decode(const Layer& layer, const int32_t* counts, float threshold, const float* bias, float* y, Range range) {
+    alignas(64) int32_t sums[DECODE_TILE];
+    Live live;
+    int64_t fetched = 0;
+    for (int64_t begin = range.begin; begin < range.end; begin += DECODE_TILE) {
+        const Range outputs{begin, begin + DECODE_TILE < range.end ? begin + DECODE_TILE : range.end};
+        const int64_t width = outputs.end - outputs.begin;
+        std::memset(y + begin, 0, width * sizeof(float));
+        for (int64_t g = 0, first = 0; first < layer.in; ++g, first += layer.group) {
+            live.collect(counts + first, layer.group, Backend::LIMIT);
+            if (!live.live && !live.large) continue;
+            fetched += (live.live + live.large) * Layer::bytes(width);
+            Backend::rows(layer, first, live, outputs, sums);
+            for (int j = 0; j < live.large; ++j)
+                layer.add_row(first + live.large_row[j], live.large_count[j], outputs, Backend::OFFSET, sums);
+            if (layer.has_residual()) {
+                for (int j = 0; j < live.live; ++j)
+                    layer.add_residual(layer.residual(first + live.row[j], outputs), live.count[j], begin, sums);
+                for (int j = 0; j < live.large; ++j)
+                    layer.add_residual(layer.residual(first + live.large_row[j], outputs), live.large_count[j], begin,
+                                       sums);
+            }
+            layer.scale(g, live.sum, outputs, Backend::OFFSET, sums, y + begin);
+        }
+        finish(outputs, threshold, bias, y);
+    }
+    return fetched;
+}
+
+// --- prefill: many tokens ------------------------------------------------------------------------------------------
+
+// The counts of one group for a block of tokens, over the rows that any of them needs.
+struct Block {
+    alignas(64) int8_t count[TOKEN_BLOCK][GROUP];  // in the order of `row`; 0 where |count| > limit
+    int32_t row[GROUP];
+    int live;
+    int32_t sum[TOKEN_BLOCK];   // of all counts of the token, modulo 2^32
+    bool any[TOKEN_BLOCK], large[TOKEN_BLOCK];
+
+    // counts: the group's first in the block's first token, `stride` from token to token.
+    void collect(const int32_t* counts, int64_t stride, int64_t tokens, int64_t group, int limit) {
+        int32_t used[GROUP] = {};
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t i = 0; i < group; ++i) used[i] |= counts[t * stride + i];
+        live = 0;
+        for (int32_t i = 0; i < group; ++i)
+            if (used[i]) row[live++] = i;
+        std::memset(count, 0, sizeof(count));
+        for (int64_t t = 0; t < tokens; ++t) gather(counts + t * stride, t, group, limit);
+    }
+
+    void gather(const int32_t* counts, int64_t t, int64_t group, int limit) {
+        int8_t fitting[GROUP];
+        uint32_t total = 0;
+        int32_t nonzero = 0, beyond = 0;
+        for (int64_t i = 0; i < group; ++i) {
+            const int32_t s = counts[i], large = s < -limit || s > limit ? -1 : 0;
+            fitting[i] = static_cast<int8_t>(s & ~large);
+            total += static_cast<uint32_t>(s);
+            nonzero |= s;
+            beyond |= large;
+        }
+        if (live == group) std::memcpy(count[t], fitting, group);
+        else
+            for (int j = 0; j < live; ++j) count[t][j] = fitting[row[j]];
+        sum[t] = static_cast<int32_t>(total);
+        any[t] = nonzero != 0;
+        large[t] = beyond != 0;
+    }
+};
+
+// A prefill tile: 64 outputs of one group, with what its rows have beyond int8.
+template <class Backend, class Layer>
+struct TileProduct {
+    const Layer& layer;
+    const int32_t* counts;  // of the block's first token [tokens, in]
+    alignas(64) uint8_t tile[GROUP * TILE];
+    Range residual[GROUP];
+    int32_t residual_row[GROUP];
+    int residual_rows = 0;
+    Block block;
+
+    TileProduct(const Layer& layer, const int32_t* counts) : layer(layer), counts(counts) {}
+
+    void load(int64_t first, Range outputs) {
+        Backend::pack(layer, first, block.row, block.live, outputs, tile);
+        residual_rows = 0;
+        if (!layer.has_residual()) return;
+        for (int j = 0; j < block.live; ++j) {
+            const Range entries = layer.residual(first + block.row[j], outputs);
+            residual[residual_rows] = entries;
+            residual_row[residual_rows] = block.row[j];
+            residual_rows += entries.begin < entries.end;
+        }
+    }
+
+    // y of the block's tokens [t, t + TOKENS) += their counts times the tile
+    void multiply(int64_t t, int64_t tokens, int64_t g, Range outputs, float* y, int64_t y_stride) const {
+        alignas(64) int32_t sums[Backend::TOKENS][TILE];
+        Backend::product(tile, (block.live + 3) / 4, block.count[t], sums[0]);
+        for (int m = 0; m < Backend::TOKENS && t + m < tokens; ++m) {
+            if (!block.any[t + m]) continue;
+            add_exactly(t + m, g * layer.group, outputs, sums[m]);
+            layer.scale(g, block.sum[t + m], outputs, Backend::OFFSET, sums[m], y + (t + m) * y_stride + outputs.begin);
+        }
+    }
+
+    void add_exactly(int64_t t, int64_t first, Range outputs, int32_t* sums) const {
+        const int32_t* group = counts + t * layer.in + first;
+        if (block.large[t])
+            for (int j = 0; j < block.live; ++j) {
+                const int32_t s = group[block.row[j]];
+                if (s < -Backend::LIMIT || s > Backend::LIMIT)
+                    layer.add_row(first + block.row[j], s, outputs, Backend::OFFSET, sums);
+            }
+        for (int j = 0; j < residual_rows; ++j)
+            layer.add_residual(residual[j], group[residual_row[j]], outputs.begin, sums);
+    }
+};
+
+template <class Backend, class Layer>
+int64_t prefill(const Layer& layer, const int32_t* counts, int64_t tokens, float* y, int64_t y_stride, Range range) {
+    TileProduct<Backend, Layer> product(layer, counts);
+    int64_t fetched = 0;
+    for (int64_t g = 0, first = 0; first < layer.in; ++g, first += layer.group) {
+        product.block.collect(counts + first, layer.in, tokens, layer.group, Backend::LIMIT);
+        fetched += product.block.live * Layer::bytes(range.end - range.begin);
+        for (int64_t begin = range.begin; product.block.live && begin < range.end; begin += TILE) {
+            const Range outputs{begin, begin + TILE < range.end ? begin + TILE : range.end};
+            product.load(first, outputs);
+            for (int64_t t = 0; t < tokens; t += Backend::TOKENS) product.multiply(t, tokens, g, outputs, y, y_stride);
+        }
+    }
+    return fetched;
+}
+
+// --- the public functions ------------------------------------------------------------------------------------------
+
+template <class Backend, class Layer>
+int64_t matmul(const Layer& layer, const float* bias, const int32_t* counts, const float* thresholds, int64_t n,
+               float* y, int64_t y_stride, int ith, int nth) {
+    const Range range = share(layer.out, OUTPUT_BLOCK, ith, nth);
+    if (range.begin == range.end) return 0;
+    if (n == 1) return decode<Backend>(layer, counts, thresholds[0], bias, y, range);
+    int64_t fetched = 0;
+    for (int64_t start = 0; start < n; start += TOKEN_BLOCK) {
+        const int64_t tokens = n - start < TOKEN_BLOCK ? n - start : TOKEN_BLOCK;
+        float* rows = y + start * y_stride;
+        for (int64_t t = 0; t < tokens; ++t)
+            std::memset(rows + t * y_stride + range.begin, 0, (range.end - range.begin) * sizeof(float));
+        fetched += prefill<Backend>(layer, counts + start * layer.in, tokens, rows, y_stride, range);
+        for (int64_t t = 0; t < tokens; ++t) finish(range, thresholds[start + t], bias, rows + t * y_stride);
+    }
+    return fetched;
+}
+
+template <class Backend>
+int64_t matmul_w8(const sbedge_w8* w, const int32_t* counts, const float* thresholds, int64_t n, float* y,
+                  int64_t y_stride, int ith, int nth) {
+    return matmul<Backend>(Int8Layer(*w), w->bias, counts, thresholds, n, y, y_stride, ith, nth);
+}
+
+template <class Backend>
+int64_t matmul_w4(const sbedge_w4* w, const int32_t* counts, const float* thresholds, int64_t n, float* y,
+                  int64_t y_stride, int ith, int nth) {
+    return matmul<Backend>(Int4Layer(*w), w->bias, counts, thresholds, n, y, y_stride, ith, nth);
+}
+
+template <class Backend>
+constexpr SpikeKernels spike_table{spike_encode, norm_spike_encode, matmul_w8<Backend>, matmul_w4<Backend>};
+
+}  // namespace
+}  // namespace sbedge
