@@ -36,8 +36,9 @@ struct Range {
     int64_t begin, end;
 };
 
+// Static: each file compiles its own for its own instruction set, and the linker must not merge them.
 // The part of [0, count) that thread ith of nth takes, in multiples of `block` (the last one may be ragged).
-inline Range share(int64_t count, int64_t block, int ith, int nth) {
+static inline Range share(int64_t count, int64_t block, int ith, int nth) {
     const int64_t blocks = (count + block - 1) / block;
     const int64_t begin = blocks * ith / nth * block, end = blocks * (ith + 1) / nth * block;
     return {begin < count ? begin : count, end < count ? end : count};
