@@ -1,0 +1,236 @@
+// Gated linear attention: one fused pass over the state for a single token, chunks of matrix products for many.
+#pragma once
+
+#include "mixer_math.h"
+
+namespace sbedge {
+namespace {
+
+constexpr int64_t GLA_CHUNK = 32;       // tokens at most; fewer where decays are strong
+constexpr int64_t GLA_CAUSAL_BLOCK = 8; // tokens whose keys inside the chunk are taken together
+constexpr float GLA_MIN_DECAY = -16.0f; // log-decay over a chunk: exp(+-16) keeps every ratio exact to float rounding
+constexpr int64_t GLA_STEP_ROWS = 16;   // state rows that stay in L1 while every query head reads them
+
+struct GlaScratch {
+    int64_t q, o, k, gate, decay, scores, floats;
+    GlaScratch(int64_t heads, int64_t groups, int64_t d, int64_t n) {
+        const int64_t chunk = least(n, GLA_CHUNK), rows = heads / groups * chunk;
+        Layout layout;
+        q = layout.take(rows * d);             // [chunk, H/G, d] relu(q) / sqrt(d), decayed
+        o = layout.take(rows * d);             // [chunk, H/G, d]
+        k = layout.take(d * chunk);            // [d, chunk] relu(k), grown by what its decay will be
+        gate = layout.take((chunk + 1) * d);   // [chunk + 1, d] log-decay since the chunk's first token
+        decay = layout.take(d);                // [d]
+        scores = layout.take(rows * chunk);    // [chunk, H/G, chunk]
+        floats = layout.floats;
+    }
+};
+
+// log-decay of one token: logsigmoid(gate) / 16, [d]
+template <class V>
+inline void log_decay(const float* gate, float* g, int64_t d) {
+    for_vectors<V>(d, [&](int64_t i, int64_t count) {
+        V::store(g + i, V::mul(log_sigmoid<V>(V::load(gate + i, count)), V::set(1.0f / 16)), count);
+    });
+}
+
+template <class V>
+inline void exponentials(const float* x, float* y, int64_t d) {
+    for_vectors<V>(d, [&](int64_t i, int64_t count) { V::store(y + i, exponential<V>(V::load(x + i, count)), count); });
+}
+
+// out = o / sqrt(mean(o^2) + eps) * weight, [d]
+template <class V>
+inline void normalize(const float* o, const float* weight, float eps, float* out, int64_t d) {
+    auto squares = V::set(0.0f);
+    for_vectors<V>(d, [&](int64_t i, int64_t count) {
+        const auto x = V::load(o + i, count);
+        squares = V::fma(x, x, squares);
+    });
+    const auto factor = V::set(1.0f / std::sqrt(V::sum(squares) / float(d) + eps));
+    for_vectors<V>(d, [&](int64_t i, int64_t count) {
+        V::store(out + i, V::mul(V::mul(V::load(o + i, count), factor), V::load(weight + i, count)), count);
+    });
+}
+
+// One token on `rows` rows and N vectors of columns: S = decay S + k v (if UPDATE), o [R] += q [R] S.
+template <class V, int R, int N, bool UPDATE>
+inline void step_tile(const float* q, const float* k, const float* decay, const float* v, float* S, float* o, int64_t d,
+                      int64_t rows, int64_t count) {
+    typename V::reg sum[R][N], value[N];
+    for (int j = 0; j < N; ++j) {
+        value[j] = N == 1 ? V::load(v, count) : V::load(v + j * V::width);
+        for (int r = 0; r < R; ++r)
+            sum[r][j] = N == 1 ? V::load(o + r * d, count) : V::load(o + r * d + j * V::width);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int j = 0; j < N; ++j) {
+            float* cell = S + i * d + j * V::width;
+            auto s = N == 1 ? V::load(cell, count) : V::load(cell);
+            if (UPDATE) {
+                s = V::fma(V::set(decay[i]), s, V::mul(V::set(k[i]), value[j]));
+                N == 1 ? V::store(cell, s, count) : V::store(cell, s);
+            }
+            for (int r = 0; r < R; ++r) sum[r][j] = V::fma(V::set(q[r * d + i]), s, sum[r][j]);
+        }
+    }
+    for (int j = 0; j < N; ++j)
+        for (int r = 0; r < R; ++r)
+            N == 1 ? V::store(o + r * d, sum[r][j], count) : V::store(o + r * d + j * V::width, sum[r][j]);
+}
+
+template <class V, int R, bool UPDATE>
+inline void step_rows(const float* q, const float* k, const float* decay, const float* v, float* S, float* o,
+                      int64_t d, int64_t rows) {
+    constexpr int N = V::step;
+    int64_t j = 0;
+    for (; j + N * V::width <= d; j += N * V::width)
+        step_tile<V, R, N, UPDATE>(q, k, decay, v + j, S + j, o + j, d, rows, N * V::width);
+    for (; j < d; j += V::width)
+        step_tile<V, R, 1, UPDATE>(q, k, decay, v + j, S + j, o + j, d, rows, least(V::width, d - j));
+}
+
+template <class V, bool UPDATE>
+inline void step_heads(int64_t heads, const float* q, const float* k, const float* decay, const float* v, float* S,
+                       float* o, int64_t d, int64_t rows) {
+    switch (heads) {
+        case 1: return step_rows<V, 1, UPDATE>(q, k, decay, v, S, o, d, rows);
+        case 2: return step_rows<V, 2, UPDATE>(q, k, decay, v, S, o, d, rows);
+        case 3: return step_rows<V, 3, UPDATE>(q, k, decay, v, S, o, d, rows);
+        case 4: return step_rows<V, 4, UPDATE>(q, k, decay, v, S, o, d, rows);
+        case 5: return step_rows<V, 5, UPDATE>(q, k, decay, v, S, o, d, rows);
+        case 6: return step_rows<V, 6, UPDATE>(q, k, decay, v, S, o, d, rows);
+        case 7: return step_rows<V, 7, UPDATE>(q, k, decay, v, S, o, d, rows);
+        default: return step_rows<V, 8, UPDATE>(q, k, decay, v, S, o, d, rows);
+    }
+}
+
+// One group of one sequence: pointers to its first token, strides as in sbedge_gla_input.
+struct GlaGroup {
+    const float *q, *k, *v, *gate;
+    float *S, *out;     // [d, d] ; [n, H * d] at this group's heads
+    int64_t heads, d;   // query heads of the group
+};
+
+// relu(x) * factor, [n]
+template <class V>
+inline void rectify(const float* x, float factor, float* y, int64_t n) {
+    for_vectors<V>(n, [&](int64_t i, int64_t count) {
+        V::store(y + i, V::mul(V::max(V::set(0.0f), V::load(x + i, count)), V::set(factor)), count);
+    });
+}
+
+// n = 1: every row of S is read, updated, used by all query heads and written once.
+template <class V>
+void gla_step(const sbedge_gla_input* in, const GlaGroup& group, const GlaScratch& at, float* scratch) {
+    const int64_t d = group.d, heads = group.heads;
+    float *q = scratch + at.q, *o = scratch + at.o, *k = scratch + at.k, *decay = scratch + at.decay;
+    rectify<V>(group.q, 1.0f / std::sqrt(float(d)), q, heads * d);
+    rectify<V>(group.k, 1.0f, k, d);
+    log_decay<V>(group.gate, decay, d);
+    exponentials<V>(decay, decay, d);
+    for (int64_t i = 0; i < heads * d; ++i) o[i] = 0;
+    for (int64_t i = 0; i < d; i += GLA_STEP_ROWS) {
+        const int64_t rows = least(GLA_STEP_ROWS, d - i);
+        float* S = group.S + i * d;
+        step_heads<V, true>(least(8, heads), q + i, k + i, decay + i, group.v, S, o, d, rows);
+        for (int64_t h = 8; h < heads; h += 8)
+            step_heads<V, false>(least(8, heads - h), q + h * d + i, k + i, decay + i, group.v, S, o + h * d, d, rows);
+    }
+    for (int64_t h = 0; h < heads; ++h)
+        normalize<V>(o + h * d, in->norm_weight, in->eps, group.out + h * d, d);
+}
+
+// The longest chunk from here on (1..limit tokens) in which no channel decays below GLA_MIN_DECAY after the first token.
+// Row j of `sums` becomes the log-decay from the first token to token j (row 0: zeros), `first` that of the first token.
+template <class V>
+int64_t chunk_decays(const sbedge_gla_input* in, const GlaGroup& group, int64_t limit, float* sums, float* first) {
+    const int64_t d = group.d;
+    log_decay<V>(group.gate, first, d);
+    for (int64_t i = 0; i < d; ++i) sums[i] = 0;
+    for (int64_t t = 1; t < limit; ++t) {
+        float* row = sums + t * d;
+        log_decay<V>(group.gate + t * in->gate_stride, row, d);
+        auto lowest = V::set(0.0f);
+        for_vectors<V>(d, [&](int64_t i, int64_t count) {
+            const auto sum = V::add(V::load(row + i, count), V::load(row - d + i, count));
+            lowest = V::min(lowest, sum);
+            V::store(row + i, sum, count);
+        });
+        if (V::lowest(lowest) < GLA_MIN_DECAY) return t;
+    }
+    return limit;
+}
+
+// A chunk of n tokens. With c_t the log-decay since the first token, q'_t = q_t exp(c_t), k'_s = k_s exp(-c_s) and
+// S' = exp(g_first) S:  o_t = q'_t S' + sum_{s <= t} (q'_t . k'_s) v_s  and  S = exp(c_last) (S' + sum_s k'_s v_s^T).
+// The first token's own decay, which may be total, touches nothing but S: a chunk of one token is the recurrence.
+template <class V>
+void gla_chunk(const sbedge_gla_input* in, const GlaGroup& group, int64_t n, const GlaScratch& at, float* scratch) {
+    const int64_t d = group.d, heads = group.heads, rows = heads * n;
+    float *q = scratch + at.q, *o = scratch + at.o, *k = scratch + at.k, *scores = scratch + at.scores;
+    const float* sums = scratch + at.gate;
+    float* decay = scratch + at.decay;
+    exponentials<V>(decay, decay, d);
+    for (int64_t i = 0; i < d; ++i) scale_row<V>(group.S + i * d, decay[i], d);
+
+    for (int64_t t = 0; t < n; ++t) {
+        float* row = q + t * heads * d;
+        rectify<V>(group.q + t * in->q_stride, 1.0f / std::sqrt(float(d)), row, heads * d);
+        exponentials<V>(sums + t * d, decay, d);
+        for (int64_t h = 0; h < heads; ++h, row += d)
+            for_vectors<V>(d, [&](int64_t i, int64_t count) {
+                V::store(row + i, V::mul(V::load(row + i, count), V::load(decay + i, count)), count);
+            });
+        const float* key = group.k + t * in->k_stride;
+        for (int64_t i = 0; i < d; ++i) k[i * n + t] = (key[i] > 0 ? key[i] : 0.0f) / decay[i];
+    }
+
+    multiply<V>(rows, d, d, q, d, group.S, d, o, d, false);
+    for (int64_t t = 0; t < n; t += GLA_CAUSAL_BLOCK) {
+        const int64_t end = least(n, t + GLA_CAUSAL_BLOCK), m = (end - t) * heads;
+        float* block = scores + t * heads * n;
+        multiply<V>(m, end, d, q + t * heads * d, d, k, n, block, n, false);
+        for (int64_t i = 0; i < m; ++i)
+            for (int64_t s = t + i / heads + 1; s < end; ++s) block[i * n + s] = 0;
+        multiply<V>(m, d, end, block, n, group.v, in->v_stride, o + t * heads * d, d, true);
+    }
+    multiply<V>(d, d, n, k, n, group.v, in->v_stride, group.S, d, true);
+    for (int64_t i = 0; i < d; ++i) scale_row<V>(group.S + i * d, decay[i], d);     // decay: exp(c_last)
+
+    for (int64_t i = 0; i < rows; ++i)
+        normalize<V>(o + i * d, in->norm_weight, in->eps, group.out + i / heads * in->heads * d + i % heads * d, d);
+}
+
+template <class V>
+int64_t gla_scratch(int64_t heads, int64_t groups, int64_t d, int64_t n) {
+    return GlaScratch(heads, groups, d, n).floats;
+}
+
+template <class V>
+void gla(const sbedge_gla_input* in, int64_t n, float* state, float* out, float* scratch, int ith, int nth) {
+    const int64_t d = in->d, heads = in->heads / in->groups;
+    const GlaScratch at(in->heads, in->groups, d, n);
+    scratch += ith * at.floats;
+    const Range mine = share(in->groups, 1, ith, nth);
+    for (int64_t g = mine.begin; g < mine.end; ++g) {
+        GlaGroup group{in->q + g * heads * d, in->k + g * d, in->v + g * d, in->gate + g * d,
+                       state + g * d * d, out + g * heads * d, heads, d};
+        if (n == 1) {
+            gla_step<V>(in, group, at, scratch);
+            continue;
+        }
+        for (int64_t t = 0; t < n;) {
+            const int64_t length =
+                chunk_decays<V>(in, group, least(GLA_CHUNK, n - t), scratch + at.gate, scratch + at.decay);
+            gla_chunk<V>(in, group, length, at, scratch);
+            t += length;
+            group.q += length * in->q_stride, group.k += length * in->k_stride;
+            group.v += length * in->v_stride, group.gate += length * in->gate_stride;
+            group.out += length * in->heads * d;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace sbedge
