@@ -9,7 +9,6 @@
 // instruction set, and the linker must not merge them.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "internal.h"
@@ -43,7 +42,7 @@ double sum(int64_t width, Value value) {
 template <class Value>
 float encode_row(int64_t width, float k, float dead_zone, int32_t* counts, Value value) {
     constexpr float LARGEST = 2147483520.0f;
-    const float mean = static_cast<float>(sum(width, [&](int64_t i) { return std::fabs(double(value(i))); }) / width);
+    const float mean = static_cast<float>(sum(width, [&](int64_t i) { return __builtin_fabs(double(value(i))); }) / width);
     float threshold = mean / k;
     threshold = threshold < 1e-5f ? 1e-5f : threshold;
     threshold = threshold > 1e4f ? 1e4f : threshold;
@@ -51,7 +50,7 @@ float encode_row(int64_t width, float k, float dead_zone, int32_t* counts, Value
     for (int64_t i = 0; i < width; ++i) {
         const float x = value(i);
         float count = __builtin_rintf(x / threshold);  // half to even in the default rounding mode
-        count = std::fabs(x) < silence || count != count ? 0.0f : count;
+        count = __builtin_fabsf(x) < silence || count != count ? 0.0f : count;
         count = count > LARGEST ? LARGEST : count;
         counts[i] = static_cast<int32_t>(count < -LARGEST ? -LARGEST : count);
     }
@@ -73,7 +72,7 @@ void norm_spike_encode(const float* x, const float* norm_weight, float eps, int6
     for (int64_t t = rows.begin; t < rows.end; ++t) {
         const float* row = x + t * width;
         const double squares = sum(width, [=](int64_t i) { return double(row[i]) * row[i]; });
-        const float size = std::sqrt(static_cast<float>(squares / width) + eps);
+        const float size = __builtin_sqrtf(static_cast<float>(squares / width) + eps);
         const auto value = [=](int64_t i) { return row[i] / size * norm_weight[i]; };
         thresholds[t] = encode_row(width, k, dead_zone, counts + t * width, value);
         if (normed)
@@ -163,6 +162,12 @@ struct Int4Layer {
     }
 };
 
+// Rows of the group that begins at `first`: the last one may be shorter than the others.
+template <class Layer>
+int64_t group_rows(const Layer& layer, int64_t first) {
+    return layer.in - first < layer.group ? layer.in - first : layer.group;
+}
+
 // y = y * threshold + bias
 void finish(Range outputs, float threshold, const float* bias, float* y) {
     for (int64_t o = outputs.begin; o < outputs.end; ++o) y[o] *= threshold;
@@ -205,7 +210,7 @@ int64_t decode(const Layer& layer, const int32_t* counts, float threshold, const
         const int64_t width = outputs.end - outputs.begin;
         std::memset(y + begin, 0, width * sizeof(float));
         for (int64_t g = 0, first = 0; first < layer.in; ++g, first += layer.group) {
-            live.collect(counts + first, layer.group, Backend::LIMIT);
+            live.collect(counts + first, group_rows(layer, first), Backend::LIMIT);
             if (!live.live && !live.large) continue;
             fetched += (live.live + live.large) * Layer::bytes(width);
             Backend::rows(layer, first, live, outputs, sums);
@@ -321,7 +326,7 @@ int64_t prefill(const Layer& layer, const int32_t* counts, int64_t tokens, float
     TileProduct<Backend, Layer> product(layer, counts);
     int64_t fetched = 0;
     for (int64_t g = 0, first = 0; first < layer.in; ++g, first += layer.group) {
-        product.block.collect(counts + first, layer.in, tokens, layer.group, Backend::LIMIT);
+        product.block.collect(counts + first, layer.in, tokens, group_rows(layer, first), Backend::LIMIT);
         fetched += product.block.live * Layer::bytes(range.end - range.begin);
         for (int64_t begin = range.begin; product.block.live && begin < range.end; begin += TILE) {
             const Range outputs{begin, begin + TILE < range.end ? begin + TILE : range.end};

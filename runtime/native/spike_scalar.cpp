@@ -35,7 +35,6 @@ struct Scalar {
 
 }  // namespace
 
-extern const SpikeKernels* const spike_scalar;
 const SpikeKernels* const spike_scalar = &spike_table<Scalar>;
 
 }  // namespace sbedge

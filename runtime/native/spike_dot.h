@@ -1,0 +1,195 @@
+// A spike_impl.h Backend out of any instruction set with a 4-way byte dot product. Four live rows are interleaved to
+// [output][4 rows], so that one instruction adds four rows into the int32 sums of a vector of outputs. Isa gives
+//   V, BYTES               a vector and its size; Narrow: the same with BYTES <= 32
+//   LIMIT, OFFSET, TOKENS  as in Backend
+//   load, store, broadcast (four counts), zero, low and high (nibbles of bytes), code (int8 -> what dot takes)
+//   interleave(r)          4 rows -> 4 vectors; within each 128-bit lane l, vector k holds bytes 16 l + 4 k + 0..3
+//   lanes(v)               4 such vectors (or their int32 sums) -> outputs in their natural order
+//   dot(sums, codes, counts)
+#pragma once
+
+#include "spike_impl.h"
+
+namespace sbedge {
+namespace {
+
+template <class Isa>
+struct Dot {
+    using V = typename Isa::V;
+    static constexpr int LIMIT = Isa::LIMIT, OFFSET = Isa::OFFSET, TOKENS = Isa::TOKENS;
+    static constexpr int BYTES = Isa::BYTES, QUARTER = BYTES / 4;
+
+    // --- decode ---
+
+    // Four rows, their counts as four bytes, and the four rows to fetch meanwhile.
+    struct Quad {
+        const uint8_t* row[4];
+        const uint8_t* next[4];
+        int32_t counts;
+    };
+
+    template <class Layer>
+    static void rows(const Layer& layer, int64_t first, const Live& live, Range outputs, int32_t* sums) {
+        const int64_t bytes = Layer::bytes(outputs.end - outputs.begin);
+        const int64_t padded = (bytes + BYTES - 1) / BYTES * BYTES;
+        std::memset(sums, 0, padded * (outputs.end - outputs.begin) / bytes * sizeof(int32_t));
+        for (int j = 0; j < live.live; j += 8) {
+            Quad quads[2];
+            const int count = j + 4 < live.live ? 2 : 1;
+            for (int q = 0; q < count; ++q) quads[q] = make_quad(layer, first, live, outputs.begin, j + 4 * q);
+            if (count == 2) add<2>(layer, quads, bytes, sums);
+            else add<1>(layer, quads, bytes, sums);
+        }
+        for (int64_t b = 0; b < padded; b += BYTES) untangle(layer, b, sums);
+    }
+
+    template <class Layer>
+    static Quad make_quad(const Layer& layer, int64_t first, const Live& live, int64_t output, int j) {
+        Quad quad;
+        int8_t counts[4];
+        for (int r = 0; r < 4; ++r) {
+            const int own = j + r < live.live ? j + r : j;  // a row of the quad's own again, with no spikes
+            const int next = j + 8 + r < live.live ? j + 8 + r : own;
+            quad.row[r] = layer.row(first + live.row[own], output);
+            quad.next[r] = layer.row(first + live.row[next], output);
+            counts[r] = static_cast<int8_t>(j + r < live.live ? live.count[own] : 0);
+        }
+        std::memcpy(&quad.counts, counts, 4);
+        return quad;
+    }
+
+    template <int QUADS, class Layer>
+    static void add(const Layer& layer, const Quad* quads, int64_t bytes, int32_t* sums) {
+        V counts[QUADS], r[QUADS][4];
+        for (int q = 0; q < QUADS; ++q) counts[q] = Isa::broadcast(&quads[q].counts);
+        int64_t b = 0;
+        for (; b + BYTES <= bytes; b += BYTES) {
+            for (int q = 0; q < QUADS; ++q)
+                for (int k = 0; k < 4; ++k) {
+                    if (BYTES == 64 || b % 64 == 0) __builtin_prefetch(quads[q].next[k] + b);
+                    r[q][k] = Isa::load(quads[q].row[k] + b);
+                }
+            step<QUADS>(layer, r, counts, b, sums);
+        }
+        if (b == bytes) return;
+        uint8_t tail[BYTES] = {};
+        for (int q = 0; q < QUADS; ++q)
+            for (int k = 0; k < 4; ++k) {
+                std::memcpy(tail, quads[q].row[k] + b, bytes - b);
+                r[q][k] = Isa::load(tail);
+            }
+        step<QUADS>(layer, r, counts, b, sums);
+    }
+
+    // BYTES outputs, whose sums are left as `interleave` orders them.
+    template <int QUADS>
+    static void step(const Int8Layer&, V (*r)[4], const V* counts, int64_t b, int32_t* sums) {
+        V s[4];
+        for (int k = 0; k < 4; ++k) s[k] = Isa::load(sums + b + k * QUARTER);
+        for (int q = 0; q < QUADS; ++q) {
+            for (int k = 0; k < 4; ++k) r[q][k] = Isa::code(r[q][k]);
+            Isa::interleave(r[q]);
+            for (int k = 0; k < 4; ++k) s[k] = Isa::dot(s[k], r[q][k], counts[q]);
+        }
+        for (int k = 0; k < 4; ++k) Isa::store(sums + b + k * QUARTER, s[k]);
+    }
+
+    static void untangle(const Int8Layer&, int64_t b, int32_t* sums) {
+        V s[4];
+        for (int k = 0; k < 4; ++k) s[k] = Isa::load(sums + b + k * QUARTER);
+        Isa::lanes(s);
+        for (int k = 0; k < 4; ++k) Isa::store(sums + b + k * QUARTER, s[k]);
+    }
+
+    // The output whose nibble is the low half of byte b of a row; the high half's is 32 further.
+    static int64_t low_output(int64_t b) { return b / 32 * 64 + b % 32; }
+
+    template <int QUADS>
+    static void step(const Int4Layer&, V (*r)[4], const V* counts, int64_t b, int32_t* sums) {
+        for (int q = 0; q < QUADS; ++q) Isa::interleave(r[q]);
+        for (int k = 0; k < 4; ++k) {
+            int32_t* low = sums + low_output(b + k * QUARTER);
+            V l = Isa::load(low), h = Isa::load(low + 32);
+            for (int q = 0; q < QUADS; ++q) {
+                l = Isa::dot(l, Isa::low(r[q][k]), counts[q]);
+                h = Isa::dot(h, Isa::high(r[q][k]), counts[q]);
+            }
+            Isa::store(low, l);
+            Isa::store(low + 32, h);
+        }
+    }
+
+    static void untangle(const Int4Layer&, int64_t b, int32_t* sums) {
+        for (int half = 0; half < 64; half += 32) {
+            V s[4];
+            for (int k = 0; k < 4; ++k) s[k] = Isa::load(sums + half + low_output(b + k * QUARTER));
+            Isa::lanes(s);
+            for (int k = 0; k < 4; ++k) Isa::store(sums + half + low_output(b + k * QUARTER), s[k]);
+        }
+    }
+
+    // --- prefill ---
+
+    template <class Layer>
+    static void pack(const Layer& layer, int64_t first, const int32_t* row, int live, Range outputs, uint8_t* tile) {
+        const int64_t bytes = Layer::bytes(outputs.end - outputs.begin), whole = Layer::bytes(TILE);
+        alignas(64) uint8_t tail[4][TILE] = {};
+        for (int j = 0; j < live; j += 4, tile += 4 * TILE) {
+            const uint8_t* rows[4];
+            for (int r = 0; r < 4; ++r) {
+                rows[r] = layer.row(first + row[j + r < live ? j + r : j], outputs.begin);
+                __builtin_prefetch(rows[r] + 2 * whole);
+                if (bytes == whole) continue;
+                std::memcpy(tail[r], rows[r], bytes);
+                rows[r] = tail[r];
+            }
+            pack_quad(layer, rows, tile);
+        }
+    }
+
+    static void pack_quad(const Int8Layer&, const uint8_t* const* rows, uint8_t* tile) {
+        for (int b = 0; b < TILE; b += BYTES) {
+            V r[4];
+            for (int k = 0; k < 4; ++k) r[k] = Isa::code(Isa::load(rows[k] + b));
+            Isa::interleave(r);
+            Isa::lanes(r);
+            for (int k = 0; k < 4; ++k) Isa::store(tile + 4 * b + k * BYTES, r[k]);
+        }
+    }
+
+    static void pack_quad(const Int4Layer&, const uint8_t* const* rows, uint8_t* tile) {
+        using N = typename Isa::Narrow;
+        for (int b = 0; b < TILE / 2; b += N::BYTES) {
+            typename N::V r[4], low[4], high[4];
+            for (int k = 0; k < 4; ++k) r[k] = N::load(rows[k] + b);
+            N::interleave(r);
+            N::lanes(r);
+            for (int k = 0; k < 4; ++k) {
+                low[k] = N::low(r[k]), high[k] = N::high(r[k]);
+                N::store(tile + 4 * b + k * N::BYTES, low[k]);
+                N::store(tile + 4 * (b + 32) + k * N::BYTES, high[k]);
+            }
+        }
+    }
+
+    static void product(const uint8_t* tile, int quads, const int8_t* counts, int32_t* sums) {
+        for (int b = 0; b < TILE; b += BYTES) {
+            V s[TOKENS][4];
+            for (int m = 0; m < TOKENS; ++m)
+                for (int k = 0; k < 4; ++k) s[m][k] = Isa::zero();
+            for (int q = 0; q < quads; ++q) {
+                V codes[4];
+                for (int k = 0; k < 4; ++k) codes[k] = Isa::load(tile + 4 * (q * TILE + b) + k * BYTES);
+                for (int m = 0; m < TOKENS; ++m) {
+                    const V four = Isa::broadcast(counts + m * GROUP + 4 * q);
+                    for (int k = 0; k < 4; ++k) s[m][k] = Isa::dot(s[m][k], codes[k], four);
+                }
+            }
+            for (int m = 0; m < TOKENS; ++m)
+                for (int k = 0; k < 4; ++k) Isa::store(sums + m * TILE + b + k * QUARTER, s[m][k]);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace sbedge
