@@ -126,7 +126,7 @@ class Layer:
 
     def twin(self, counts, thresholds):
         """Exact integer sums of each group, then float32 in the kernels' order."""
-        group = len(self.codes) // len(self.scales)
+        group = 128 if isinstance(self.struct, W8) else self.struct.group
         y = np.zeros((len(counts), self.codes.shape[1]), np.float32)
         for g, scales in enumerate(self.scales):
             part = slice(g * group, (g + 1) * group)
@@ -142,7 +142,7 @@ def w8_layer(rng, inputs, out, residual=False, bias=False):
         codes[beyond] = rng.integers(-400, 400, np.count_nonzero(beyond))
     int8, index, value = split_codes(codes)
     start, output = residual_rows(index, int8.shape)
-    scales = rng.random((inputs // 128, out), np.float32) * np.float32(0.01)
+    scales = rng.random((-(-inputs // 128), out), np.float32) * np.float32(0.01)
     shift = rng.standard_normal(out).astype(np.float32) if bias else None
     struct = W8(inputs, out, pointer(int8), pointer(scales), pointer(shift), pointer(start if residual else None),
                 pointer(output), pointer(value))
@@ -233,6 +233,15 @@ def test_extreme_codes_and_counts_do_not_saturate(isa):
             counts = np.full((2, 256), count, np.int32)
             thresholds = np.ones(2, np.float32)
             np.testing.assert_array_equal(layer(counts, thresholds)[0], layer.twin(counts, thresholds))
+
+
+@pytest.mark.parametrize("inputs", [1, 127, 130, 300])
+def test_the_last_group_of_int8_inputs_may_be_short(isa, inputs):
+    rng = np.random.default_rng(inputs)
+    layer = w8_layer(rng, inputs, 70, residual=True)
+    for n in (1, 4):
+        counts, thresholds = spikes(rng, n, inputs, silent=0.2, largest=300)
+        np.testing.assert_array_equal(layer(counts, thresholds)[0], layer.twin(counts, thresholds))
 
 
 @pytest.mark.parametrize("kind", ["w8", "w8-residual", "w4-32"])

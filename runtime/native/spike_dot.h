@@ -29,14 +29,14 @@ struct Dot {
     };
 
     template <class Layer>
-    static void rows(const Layer& layer, int64_t first, const Live& live, Range outputs, int32_t* sums) {
+    static void rows(const Layer& layer, const Live& live, const Live& upcoming, Range outputs, int32_t* sums) {
         const int64_t bytes = Layer::bytes(outputs.end - outputs.begin);
         const int64_t padded = (bytes + BYTES - 1) / BYTES * BYTES;
         std::memset(sums, 0, padded * (outputs.end - outputs.begin) / bytes * sizeof(int32_t));
         for (int j = 0; j < live.live; j += 8) {
             Quad quads[2];
             const int count = j + 4 < live.live ? 2 : 1;
-            for (int q = 0; q < count; ++q) quads[q] = make_quad(layer, first, live, outputs.begin, j + 4 * q);
+            for (int q = 0; q < count; ++q) quads[q] = make_quad(layer, live, upcoming, outputs.begin, j + 4 * q);
             if (count == 2) add<2>(layer, quads, bytes, sums);
             else add<1>(layer, quads, bytes, sums);
         }
@@ -44,14 +44,16 @@ struct Dot {
     }
 
     template <class Layer>
-    static Quad make_quad(const Layer& layer, int64_t first, const Live& live, int64_t output, int j) {
+    static Quad make_quad(const Layer& layer, const Live& live, const Live& upcoming, int64_t output, int j) {
         Quad quad;
         int8_t counts[4];
         for (int r = 0; r < 4; ++r) {
             const int own = j + r < live.live ? j + r : j;  // a row of the quad's own again, with no spikes
-            const int next = j + 8 + r < live.live ? j + 8 + r : own;
-            quad.row[r] = layer.row(first + live.row[own], output);
-            quad.next[r] = layer.row(first + live.row[next], output);
+            const int next = j + 8 + r, later = next - (live.live + 7) / 8 * 8;
+            quad.row[r] = layer.row(live.first + live.row[own], output);
+            quad.next[r] = next < live.live                        ? layer.row(live.first + live.row[next], output)
+                           : later >= 0 && later < upcoming.live ? layer.row(upcoming.first + upcoming.row[later], output)
+                                                                 : quad.row[r];
             counts[r] = static_cast<int8_t>(j + r < live.live ? live.count[own] : 0);
         }
         std::memcpy(&quad.counts, counts, 4);

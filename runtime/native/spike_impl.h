@@ -2,8 +2,8 @@
 //   LIMIT     the largest |count| its fast path takes; larger ones are added one row at a time, in int32
 //   OFFSET    what it adds to an int8 code (128 where the dot product wants unsigned bytes), taken off again at scaling
 //   TOKENS    tokens its tile product takes at once
-//   rows(layer, block, first row, live, counts, range, sums)  decode: sums[o] = sum of count * code over live rows
-//   pack(layer, rows, live, range, tile)                      prefill: a tile [live / 4][64 outputs][4 rows] of codes
+//   rows(layer, live, upcoming, outputs, sums)                decode: sums[o] = sum of count * code over live rows
+//   pack(layer, first, rows, live, outputs, tile)             prefill: a tile [live / 4][64 outputs][4 rows] of codes
 //   product(tile, quads, counts, sums)                        prefill: sums [TOKENS][64] of a tile
 // Everything lives in an unnamed namespace: each file that includes this compiles its own copy, for its own
 // instruction set, and the linker must not merge them.
@@ -177,17 +177,21 @@ void finish(Range outputs, float threshold, const float* bias, float* y) {
 
 // --- decode: one token ---------------------------------------------------------------------------------------------
 
-// The live channels of one group. `rows` are counted from the group's first.
+// The live channels of one group, counted from its first one.
 struct Live {
+    int64_t first;
     int32_t row[GROUP], count[GROUP];              // |count| <= limit
     int32_t large_row[GROUP], large_count[GROUP];  // the others
     int live, large;
     int32_t sum;  // of all counts, modulo 2^32
 
-    void collect(const int32_t* counts, int64_t group, int limit) {
-        live = large = 0;
+    void collect(const int32_t* all_counts, int64_t first_row, int64_t in, int64_t group, int limit) {
+        first = first_row;
+        live = large = sum = 0;
+        const int64_t rows = in - first < group ? in - first : group;  // none past the end
+        const int32_t* counts = all_counts + first;
         uint32_t total = 0;
-        for (int32_t i = 0; i < group; ++i) {
+        for (int32_t i = 0; i < rows; ++i) {
             const int32_t s = counts[i];
             total += static_cast<uint32_t>(s);
             const bool fits = s >= -limit && s <= limit;
@@ -200,29 +204,37 @@ struct Live {
     }
 };
 
+// Rows that the fast path leaves out, and residuals.
+template <class Backend, class Layer>
+void add_exactly(const Layer& layer, const Live& live, Range outputs, int32_t* sums) {
+    for (int j = 0; j < live.large; ++j)
+        layer.add_row(live.first + live.large_row[j], live.large_count[j], outputs, Backend::OFFSET, sums);
+    if (!layer.has_residual()) return;
+    for (int j = 0; j < live.live; ++j)
+        layer.add_residual(layer.residual(live.first + live.row[j], outputs), live.count[j], outputs.begin, sums);
+    for (int j = 0; j < live.large; ++j)
+        layer.add_residual(layer.residual(live.first + live.large_row[j], outputs), live.large_count[j], outputs.begin,
+                           sums);
+}
+
 template <class Backend, class Layer>
 int64_t decode(const Layer& layer, const int32_t* counts, float threshold, const float* bias, float* y, Range range) {
     alignas(64) int32_t sums[DECODE_TILE];
-    Live live;
+    Live buffers[2];  // this group and the next, whose first rows are prefetched while this one ends
     int64_t fetched = 0;
     for (int64_t begin = range.begin; begin < range.end; begin += DECODE_TILE) {
         const Range outputs{begin, begin + DECODE_TILE < range.end ? begin + DECODE_TILE : range.end};
         const int64_t width = outputs.end - outputs.begin;
         std::memset(y + begin, 0, width * sizeof(float));
-        for (int64_t g = 0, first = 0; first < layer.in; ++g, first += layer.group) {
-            live.collect(counts + first, group_rows(layer, first), Backend::LIMIT);
+        buffers[0].collect(counts, 0, layer.in, layer.group, Backend::LIMIT);
+        for (int64_t g = 0; g * layer.group < layer.in; ++g) {
+            const Live& live = buffers[g % 2];
+            Live& upcoming = buffers[(g + 1) % 2];
+            upcoming.collect(counts, live.first + layer.group, layer.in, layer.group, Backend::LIMIT);
             if (!live.live && !live.large) continue;
             fetched += (live.live + live.large) * Layer::bytes(width);
-            Backend::rows(layer, first, live, outputs, sums);
-            for (int j = 0; j < live.large; ++j)
-                layer.add_row(first + live.large_row[j], live.large_count[j], outputs, Backend::OFFSET, sums);
-            if (layer.has_residual()) {
-                for (int j = 0; j < live.live; ++j)
-                    layer.add_residual(layer.residual(first + live.row[j], outputs), live.count[j], begin, sums);
-                for (int j = 0; j < live.large; ++j)
-                    layer.add_residual(layer.residual(first + live.large_row[j], outputs), live.large_count[j], begin,
-                                       sums);
-            }
+            Backend::rows(layer, live, upcoming, outputs, sums);
+            add_exactly<Backend>(layer, live, outputs, sums);
             layer.scale(g, live.sum, outputs, Backend::OFFSET, sums, y + begin);
         }
         finish(outputs, threshold, bias, y);
@@ -240,30 +252,30 @@ struct Block {
     int32_t sum[TOKEN_BLOCK];   // of all counts of the token, modulo 2^32
     bool any[TOKEN_BLOCK], large[TOKEN_BLOCK];
 
-    // counts: the group's first in the block's first token, `stride` from token to token.
-    void collect(const int32_t* counts, int64_t stride, int64_t tokens, int64_t group, int limit) {
+    // counts: those of the group's rows in the block's first token, `stride` from token to token.
+    void collect(const int32_t* counts, int64_t stride, int64_t tokens, int64_t rows, int limit) {
         int32_t used[GROUP] = {};
         for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t i = 0; i < group; ++i) used[i] |= counts[t * stride + i];
+            for (int64_t i = 0; i < rows; ++i) used[i] |= counts[t * stride + i];
         live = 0;
-        for (int32_t i = 0; i < group; ++i)
+        for (int32_t i = 0; i < rows; ++i)
             if (used[i]) row[live++] = i;
         std::memset(count, 0, sizeof(count));
-        for (int64_t t = 0; t < tokens; ++t) gather(counts + t * stride, t, group, limit);
+        for (int64_t t = 0; t < tokens; ++t) gather(counts + t * stride, t, rows, limit);
     }
 
-    void gather(const int32_t* counts, int64_t t, int64_t group, int limit) {
+    void gather(const int32_t* counts, int64_t t, int64_t rows, int limit) {
         int8_t fitting[GROUP];
         uint32_t total = 0;
         int32_t nonzero = 0, beyond = 0;
-        for (int64_t i = 0; i < group; ++i) {
+        for (int64_t i = 0; i < rows; ++i) {
             const int32_t s = counts[i], large = s < -limit || s > limit ? -1 : 0;
             fitting[i] = static_cast<int8_t>(s & ~large);
             total += static_cast<uint32_t>(s);
             nonzero |= s;
             beyond |= large;
         }
-        if (live == group) std::memcpy(count[t], fitting, group);
+        if (live == rows) std::memcpy(count[t], fitting, rows);
         else
             for (int j = 0; j < live; ++j) count[t][j] = fitting[row[j]];
         sum[t] = static_cast<int32_t>(total);
@@ -300,6 +312,9 @@ struct TileProduct {
     // y of the block's tokens [t, t + TOKENS) += their counts times the tile
     void multiply(int64_t t, int64_t tokens, int64_t g, Range outputs, float* y, int64_t y_stride) const {
         alignas(64) int32_t sums[Backend::TOKENS][TILE];
+        // Rows of y often lie a power of two apart and evict each other: fetch those of the next tokens just in time.
+        for (int64_t next = t + Backend::TOKENS; next < t + 2 * Backend::TOKENS && next < tokens; ++next)
+            for (int64_t o = outputs.begin; o < outputs.end; o += 16) __builtin_prefetch(y + next * y_stride + o, 1);
         Backend::product(tile, (block.live + 3) / 4, block.count[t], sums[0]);
         for (int m = 0; m < Backend::TOKENS && t + m < tokens; ++m) {
             if (!block.any[t + m]) continue;

@@ -8,9 +8,9 @@ struct Scalar {
     static constexpr int LIMIT = 127, OFFSET = 0, TOKENS = 1;
 
     template <class Layer>
-    static void rows(const Layer& layer, int64_t first, const Live& live, Range outputs, int32_t* sums) {
+    static void rows(const Layer& layer, const Live& live, const Live&, Range outputs, int32_t* sums) {
         std::memset(sums, 0, (outputs.end - outputs.begin) * sizeof(int32_t));
-        for (int j = 0; j < live.live; ++j) layer.add_row(first + live.row[j], live.count[j], outputs, OFFSET, sums);
+        for (int j = 0; j < live.live; ++j) layer.add_row(live.first + live.row[j], live.count[j], outputs, OFFSET, sums);
     }
 
     template <class Layer>
