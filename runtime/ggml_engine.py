@@ -9,6 +9,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from sbedge.state import State, state_layout
 
 from .engine import Logits, checked_ids, default_threads
 from .ggml_graph import Graph
+from .ggml_native import NativeForward
 from .ggml_weights import GgmlWeights, aligned_empty
 
 CHUNK = 512                     # tokens a prefill graph takes
@@ -30,10 +32,20 @@ BUCKET = 256                    # ring slots a decode graph grows by
 PARAMS_BYTES = 8192             # room for ggml_threadpool_params, whose layout is ggml's business
 
 
+@dataclass
+class Traffic:
+    """Weight bytes of event layouts since the engine was loaded: fetched by forward passes, and what the same passes
+    would have fetched had no channel been silent (a pass over several tokens fetches a row once)."""
+
+    fetched: int = 0
+    dense: int = 0
+
+
 class GgmlEngine:
     """Engine over a GGUF file; `metadata` holds the file's keys (the tokenizer's among them).
 
     threads  defaults to the cores this process may use
+    traffic  counts the weight bytes that silent channels saved
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None):
@@ -43,6 +55,7 @@ class GgmlEngine:
         self.metadata = self._file.metadata
         self.config: ModelConfig = config_from_metadata(self.metadata, str(self.path))
         self._weights = GgmlWeights(self._file, self.config)
+        self.traffic = Traffic()
         self.threads = threads or default_threads()
         self._backend, self._threadpool = self._start_backend()
         self._prefill_memory = self.f.gallocr_new(self.f.backend_cpu_buffer_type())
@@ -80,6 +93,10 @@ class GgmlEngine:
         if self.f.backend_graph_compute(self._backend, graph.graph) != 0:
             raise MemoryError("ggml could not run a forward pass")
         bound.finish(graph, state)
+        if isinstance(graph.forward, NativeForward):
+            self.traffic.fetched += int(graph.forward.fetched[0])
+            self.traffic.dense += graph.forward.event_bytes
+            graph.forward.fetched[0] = 0
         return graph.logits()
 
     def _start_backend(self) -> tuple[int, int]:
@@ -117,10 +134,11 @@ class _Bound:
 
     def __init__(self, engine: GgmlEngine, state: State):
         self.config, self.weights, self.shared = engine.config, engine._weights, engine._prefill_memory
+        self.threads = engine.threads
         self.address, self.position = state.block.ctypes.data, state.position
-        self.memory = {name: a for name, a in state.arrays.items() if a.dtype == np.float32 and a.ndim == 3}
+        self.memory = dict(state.arrays)
         self.blocks = [state.block]
-        if self.config.int8_window:
+        if self.config.int8_window and not self.weights.native:
             self._mirror(state)
         self.decode: Graph | None = None
         self.prefill: Graph | None = None
@@ -136,7 +154,7 @@ class _Bound:
         if n > 1:
             self.prefill = self._new(n, min(position, W), n_logits, self.shared)
             return self.prefill
-        length = min(W, -(-(position + 1) // BUCKET) * BUCKET)
+        length = W if self.weights.native else min(W, -(-(position + 1) // BUCKET) * BUCKET)
         if self.decode is None or (self.decode.length, self.decode.n_logits) != (length, n_logits):
             if self.decode:
                 self.decode.close()
@@ -144,12 +162,12 @@ class _Bound:
         return self.decode
 
     def _new(self, n: int, length: int, n_logits: int, allocator: int | None) -> Graph:
-        return Graph(self.config, self.weights, self.memory, self.blocks, n, length, n_logits, allocator)
+        return Graph(self.config, self.weights, self.memory, self.blocks, n, length, n_logits, self.threads, allocator)
 
     def finish(self, graph: Graph, state: State) -> None:
         """After a run: the state has moved on by the graph's tokens."""
-        slots = graph.inputs["slots"]
         for name in graph.forward.new_codes:
+            slots = graph.inputs["slots"]
             codes, scales = graph.new_codes(name)
             state.arrays[name][slots] = codes[-len(slots):]
             state.arrays[name.removesuffix("s") + "_scales"][slots] = scales[-len(slots):]
@@ -169,6 +187,7 @@ class _Bound:
             ring = block[i * padded:i * padded + size].view(np.float32).reshape(shape)
             np.multiply(state.arrays[name], state.arrays[name.removesuffix("s") + "_scales"][..., None], out=ring)
             self.memory[name] = ring
+            del self.memory[name.removesuffix("s") + "_scales"]
 
     def __del__(self) -> None:
         for graph in (self.decode, self.prefill):

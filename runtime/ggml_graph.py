@@ -12,6 +12,7 @@ from sbedge.quant.ggml_library import InitParams, load_ggml
 from sbedge.reference import QUERY_SPIKE_K, rope_angles
 
 from .ggml_model import Forward, Ops
+from .ggml_native import NativeForward
 from .ggml_weights import ALIGNMENT, GgmlWeights, aligned_empty
 
 NODES_PER_LAYER = 128       # more than any layer makes
@@ -21,15 +22,17 @@ DTYPES: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "I32": np.dtype(np.i
 class Graph:
     """A forward pass of `n` tokens with `length` ring slots in view, bound to one state's memory.
 
-    `memory` names float32 arrays (recurrent_state, keys, values), which lie within `blocks`. For n = 1 the
-    graph serves any position below `length`, and any position at all once `length` is the whole window.
+    `memory` names the state's arrays (without native kernels all float32), which lie within `blocks`. For n = 1
+    the graph serves any position below `length`, and any position at all once `length` is the whole window; with
+    native kernels `length` plays no part.
     `allocator` is ggml's scratch allocator to share with graphs that are not alive at the same time.
     """
 
     def __init__(self, config: ModelConfig, weights: GgmlWeights, memory: Mapping[str, np.ndarray],
-                 blocks: Sequence[np.ndarray], n: int, length: int, n_logits: int, allocator: int | None = None):
+                 blocks: Sequence[np.ndarray], n: int, length: int, n_logits: int, threads: int,
+                 allocator: int | None = None):
         self.config, self.n, self.length, self.n_logits = config, n, length, n_logits
-        self.blocks = tuple(blocks)
+        self.blocks, self.native = tuple(blocks), weights.native
         self.f = load_ggml().f
         nodes = NODES_PER_LAYER * (config.num_hidden_layers + 1)
         size = self.f.tensor_overhead() * nodes * 2 + self.f.graph_overhead_custom(nodes, False)
@@ -37,12 +40,19 @@ class Graph:
         self.graph = self.f.new_graph_custom(self.context, nodes, False)
         self._buffers = [self.f.backend_cpu_buffer_from_ptr(b.ctypes.data, b.nbytes) for b in self.blocks]
         self.inputs, leaves = self._make_inputs()
-        self.forward = Forward(Ops(self.f, self.context), self.f, self.graph, config, weights.tensors, leaves,
-                               self._state_leaves(memory), n, length)
+        common = (Ops(self.f, self.context), self.f, self.graph, config, weights.tensors, leaves)
+        if self.native:
+            self.forward: Forward = NativeForward(
+                *common, {}, n, length, library=self.native, events=weights.events, arrays=dict(memory),
+                position=self.inputs["position"], threads=threads)
+        else:
+            self.forward = Forward(*common, self._state_leaves(memory), n, length)
         self._logits = self.forward.build(n_logits)
         self._own_allocator = None if allocator else self.f.gallocr_new(self.f.backend_cpu_buffer_type())
         if not self.f.gallocr_alloc_graph(allocator or self._own_allocator, self.graph):
             raise MemoryError("ggml could not allocate the scratch memory of a forward pass")
+        if isinstance(self.forward, NativeForward):
+            self.forward.place()
 
     def close(self) -> None:
         if self.context:
@@ -57,10 +67,15 @@ class Graph:
     def _make_inputs(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         c, n = self.config, self.n
         keys = self.length if n == 1 else self.length + n
-        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-            "ids": ("I32", (n,)), "cos": ("F32", (n, 1, c.head_dim)), "sin": ("F32", (n, 1, c.head_dim)),
-            "mask": ("F32", (n, keys)), "slots": ("I64", (min(n, c.sliding_window),)),
-            "k": ("F32", (1,)), "query_k": ("F32", (1,)), "127": ("F32", (1,))}
+        shapes: dict[str, tuple[str, tuple[int, ...]]]
+        if self.native:
+            angles = (n, c.head_dim // 2)
+            shapes = {"position": ("I64", (1,)), "cos": ("F32", angles), "sin": ("F32", angles)}
+        else:
+            angles = (n, 1, c.head_dim)
+            shapes = {"cos": ("F32", angles), "sin": ("F32", angles), "mask": ("F32", (n, keys)),
+                      "slots": ("I64", (min(n, c.sliding_window),))}
+        shapes |= {"ids": ("I32", (n,)), "k": ("F32", (1,)), "query_k": ("F32", (1,)), "127": ("F32", (1,))}
         sizes = {name: int(np.prod(shape)) * DTYPES[kind].itemsize for name, (kind, shape) in shapes.items()}
         padded = {name: -(-size // ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}
         block = aligned_empty(sum(padded.values()))
@@ -96,6 +111,9 @@ class Graph:
         at = position + np.arange(n)
         x["ids"][:] = ids
         cos, sin = rope_angles(at, c.head_dim, c.rope_theta)                        # [n, d/2]
+        if self.native:
+            x["position"][0], x["cos"][:], x["sin"][:] = position, cos, sin
+            return
         x["cos"][:, 0] = np.concatenate([cos, cos], 1)
         x["sin"][:, 0] = np.concatenate([-sin, sin], 1)
         x["slots"][:] = at[n - len(x["slots"]):] % W

@@ -20,6 +20,9 @@ from sbedge.quant.event_layout import join_codes
 from sbedge.quant.ggml_library import InitParams, load_ggml
 from sbedge.quant.int8_groups import dequantize_int8_groups
 
+from .ggml_native import EventLinear
+from .native.library import W8, load_native
+
 REPACKED = "Q4_0"       # ggml's interleaved layout: 1.2 to 1.4 times faster; other types crash or gain nothing
 GROUPS = (("attn_q.weight", "attn_k.weight", "attn_v.weight"), ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
           ("ffn_gate.weight", "ffn_up.weight"))
@@ -42,13 +45,19 @@ class GgmlWeights:
 
     def __init__(self, file: GgufFile, config: ModelConfig):
         check_tensors(file, config)
+        self.native = load_native()
+        self.events: dict[str, EventLinear] = {}
         self.f, self._file = load_ggml().f, file
         self.tensors: dict[str, int] = {}
         self._memory: list[np.ndarray] = []     # what the tensors point into
         self._buffers: list[int] = []
         self._repack = repack_buffer_type(self.f)
         self.context = self.f.init(InitParams(self.f.tensor_overhead() * (len(file.tensors) + 8), None, True))
-        sources = {**self._mapped(file), **self._decoded(file)}
+        sources = self._mapped(file)
+        if self.native:
+            self._make_events(file)
+        else:
+            sources |= self._decoded(file)
         for unit in _units(config, sources):
             joined = _join([sources[name] for name in unit])
             for name, source in [("+".join(unit), joined)] if joined else [(n, sources[n]) for n in unit]:
@@ -64,6 +73,22 @@ class GgmlWeights:
         buffer, base = self._buffer_over(file.data), file.data.ctypes.data
         return {name: _Source(t.type, t.shape, base + t.offset, t.nbytes, buffer)
                 for name, t in file.tensors.items() if t.type in MATRIX_TYPES}
+
+    def _make_events(self, file: GgufFile) -> None:
+        """The kernels' view of event layouts: the file's own memory, and where each channel's residual begins."""
+        for part, info in file.tensors.items():
+            if not part.endswith(".codes"):
+                continue
+            stem, (width, out) = part.removesuffix(".codes"), info.shape
+            address = {name: file.data.ctypes.data + file.tensors[f"{stem}.{name}"].offset
+                       for name in ("codes", "scales", "bias") if f"{stem}.{name}" in file.tensors}
+            linear = W8(width, out, address["codes"], address["scales"], address.get("bias"))
+            if f"{stem}.residual_index" in file.tensors:
+                start, output = residual_rows(file.array(f"{stem}.residual_index"), width, out)
+                self._memory += [start, output]
+                linear.residual_start, linear.residual_output = start.ctypes.data, output.ctypes.data
+                linear.residual_value = file.array(f"{stem}.residual_value").ctypes.data
+            self.events[stem] = EventLinear(linear, 8, out, info.nbytes)
 
     def _decoded(self, file: GgufFile) -> dict[str, _Source]:
         """Event layouts as float32 [out, in] in one block: exact, at four times the memory."""
@@ -107,8 +132,9 @@ def _units(config: ModelConfig, names: dict[str, _Source]) -> Iterator[list[str]
     for i in range(config.num_hidden_layers):
         for group in GROUPS:
             unit = [f"blk.{i}.{name}" for name in group]
-            grouped.update(unit)
-            yield unit
+            if names.keys() >= set(unit):
+                grouped.update(unit)
+                yield unit
     for name in names:
         if name not in grouped:
             yield [name]
@@ -158,9 +184,15 @@ def _check_event_layout(file: GgufFile, name: str, shape: tuple[int, ...]) -> se
             raise ModelFileError(f"{file.path}: tensor {part} is {have}, expected {kind} {list(expected)}")
     if stem + "residual_index" in wanted:
         index = file.array(stem + "residual_index")
-        if index.min() < 0 or index.max() >= width * out:
-            raise ModelFileError(f"{file.path}: tensor {stem}residual_index points outside its weight")
+        if index.min() < 0 or index.max() >= width * out or (np.diff(index) <= 0).any():
+            raise ModelFileError(f"{file.path}: tensor {stem}residual_index is not ascending within its weight")
     return set(wanted)
+
+
+def residual_rows(index: np.ndarray, width: int, out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending indices into [in, out] -> first entry of each input channel [in + 1] and output of each entry."""
+    start = np.searchsorted(index, np.arange(width + 1, dtype=np.int64) * out).astype(np.int32)
+    return start, (index % out).astype(np.int32)
 
 
 def decode_event_layout(file: GgufFile, name: str) -> np.ndarray:

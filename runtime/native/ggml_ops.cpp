@@ -17,15 +17,17 @@ void sbedge_ggml_encode(void*, int ith, int nth, void* userdata) {
 
 void sbedge_ggml_linears(void*, int ith, int nth, void* userdata) {
     const auto* op = static_cast<const sbedge_op_linears*>(userdata);
+    int64_t fetched = 0;
     for (int64_t i = 0; i < op->count; ++i) {
         float* y = op->y + op->columns[i];
         if (op->bits[i] == 8)
-            sbedge_spike_matmul_w8(static_cast<const sbedge_w8*>(op->weights[i]), op->counts, op->thresholds, op->n, y,
+            fetched += sbedge_spike_matmul_w8(static_cast<const sbedge_w8*>(op->weights[i]), op->counts, op->thresholds, op->n, y,
                                    op->y_stride, ith, nth);
         else
-            sbedge_spike_matmul_w4(static_cast<const sbedge_w4*>(op->weights[i]), op->counts, op->thresholds, op->n, y,
+            fetched += sbedge_spike_matmul_w4(static_cast<const sbedge_w4*>(op->weights[i]), op->counts, op->thresholds, op->n, y,
                                    op->y_stride, ith, nth);
     }
+    __atomic_fetch_add(op->fetched, fetched, __ATOMIC_RELAXED);
     if (!op->gated) return;
     // Gate and up are as wide as each other, so this thread has made both halves of its own columns.
     const int64_t width = op->columns[1];

@@ -35,6 +35,7 @@ typedef struct {
     float* y;
     int64_t y_stride, gated;
     float* out;
+    int64_t* fetched; /* weight bytes read are added here */
 } sbedge_op_linears;
 
 typedef struct {

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .self_check import failing_kernel
+
 ABI = 1
 NAMES = ("libsbedge.so", "libsbedge.dylib", "sbedge.dll")
 HERE = Path(__file__).parent
@@ -94,7 +96,12 @@ def load_native() -> NativeLibrary | None:
         except (OSError, AttributeError) as error:
             warnings.warn(f"{path}: cannot be used ({error}); running on composed operations", stacklevel=2)
             return None
-        if library.abi() == ABI:
-            return library
-        warnings.warn(f"{path}: has ABI {library.abi()}, expected {ABI}; install sbedge again", stacklevel=2)
+        if library.abi() != ABI:
+            warnings.warn(f"{path}: has ABI {library.abi()}, expected {ABI}; install sbedge again", stacklevel=2)
+            return None
+        if broken := failing_kernel(library):
+            warnings.warn(f"{path}: {broken} is wrong on this machine with {library.isa().decode()}; "
+                          "using the plain kernels, which are slower", stacklevel=2)
+            library.set_isa(b"scalar")
+        return library
     return None

@@ -46,11 +46,11 @@ SBEDGE_API void sbedge_norm_spike_encode(const float* x, const float* norm_weigh
                                          int ith, int nth);
 
 /* One linear layer, input-channel-major: a silent channel is a row that is never fetched.
- * weight[i, o] = (codes[i, o] + residual) * scales[i / 128, o]; `in` is a multiple of 128. */
+ * weight[i, o] = (codes[i, o] + residual) * scales[i / 128, o]; the last group of inputs may be shorter. */
 typedef struct {
     int64_t in, out;
     const int8_t* codes;            /* [in, out] */
-    const float* scales;            /* [in / 128, out] */
+    const float* scales;            /* [ceil(in / 128), out] */
     const float* bias;              /* [out] or NULL */
     const int32_t* residual_start;  /* [in + 1] first entry of each channel, or NULL if there is no residual */
     const int32_t* residual_output; /* [m] output of each entry, ascending within a channel */

@@ -1,0 +1,158 @@
+"""The same layers on our own kernels, as a few large nodes of the ggml graph (see runtime/native/ggml_ops.h).
+
+    x -> encode -> linears (q k v) -> gla | window -> encode -> linears (o) -> + ...
+
+A node is told where its inputs and outputs lie once ggml has placed them: `place` fills the addresses in.
+"""
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sbedge.gguf_format import TYPES
+from sbedge.reference import QUERY_SPIKE_K
+
+from .ggml_model import F4, Forward
+from .native.ggml_ops import EncodeOp, GlaOp, LinearsOp, WindowOp
+from .native.library import NativeLibrary
+
+ALL_THREADS = -1        # ggml's GGML_N_TASKS_MAX
+
+
+class Spikes(NamedTuple):
+    """A spiked input: counts int32 [n, width], then thresholds float32 [n], in one tensor."""
+
+    tensor: int
+    width: int
+
+
+class EventLinear(NamedTuple):
+    """A linear in event layout: the kernel's structure, its bits, its outputs and the bytes of its weights."""
+
+    struct: ctypes.Structure
+    bits: int
+    out: int
+    nbytes: int
+
+
+@dataclass
+class NativeForward(Forward):
+    """`events`: stem -> EventLinear. `arrays`: the State's own arrays. `position`: int64 [1], read at every run."""
+
+    library: NativeLibrary = field(kw_only=True)
+    events: dict[str, EventLinear] = field(kw_only=True)
+    arrays: dict[str, np.ndarray] = field(kw_only=True)
+    position: np.ndarray = field(kw_only=True)
+    threads: int = field(kw_only=True)
+    # Weight bytes of event layouts: read by the last run (the kernels add to it), and in the whole graph.
+    fetched: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    event_bytes: int = 0
+    _ops: list[ctypes.Structure] = field(default_factory=list)
+    _addresses: list[tuple[Any, str, int, int]] = field(default_factory=list)
+
+    def place(self) -> None:
+        """Tell every node where its tensors lie; once, after ggml has allocated the graph."""
+        for structure, name, tensor, offset in self._addresses:
+            if address := self.f.get_data(tensor):      # none for what no wanted output needs
+                setattr(structure, name, address + offset)
+
+    def node(self, function: str, op: ctypes.Structure, inputs: list[int], kind: str, count: int) -> int:
+        """A node that runs `sbedge_ggml_<function>` on all threads and owns `count` elements of memory."""
+        self._ops.append(op)
+        callback = ctypes.cast(getattr(self.library.handle, f"sbedge_ggml_{function}"), ctypes.c_void_p)
+        sources = (ctypes.c_void_p * len(inputs))(*inputs)
+        return self.op.custom_4d(TYPES[kind].number, count, 1, 1, 1, sources, len(inputs), callback, ALL_THREADS,
+                                 ctypes.addressof(op))
+
+    def at(self, structure: Any, name: str, tensor: int, offset: int = 0) -> None:
+        self._addresses.append((structure, name, tensor, offset))
+
+    # --- spikes ----------------------------------------------------------------------------------------
+    def spiked_input(self, x: Any) -> Any:
+        if not self.events or not self.config.spike_k:
+            return super().spiked_input(x)
+        c, n, width = self.config, self.n, self.width(x)
+        op = EncodeOp(eps=c.norm_eps, k=c.spike_k, dead_zone=c.dead_zone, n=n, width=width)
+        tensor = self.node("encode", op, [x], "I32", n * width + n)
+        self.at(op, "x", x)
+        self.at(op, "counts", tensor)
+        self.at(op, "thresholds", tensor, n * width * 4)
+        return Spikes(tensor, width)
+
+    def linears(self, i: int, stems: tuple[str, ...], x: Any) -> int:
+        if not isinstance(x, Spikes):
+            return super().linears(i, stems, x)
+        op, total = self.linears_op(i, stems, x)
+        y = self.node("linears", op, [x.tensor], "F32", total * self.n)
+        self.at(op, "y", y)
+        return self.op.reshape_2d(y, total, self.n)
+
+    def linears_op(self, i: int, stems: tuple[str, ...], x: Spikes) -> tuple[LinearsOp, int]:
+        """The structure for linears side by side, all but where they write, and their outputs in total."""
+        op, total = LinearsOp(n=self.n, count=len(stems), fetched=self.fetched.ctypes.data), 0
+        for index, stem in enumerate(stems):
+            event = self.events[f"blk.{i}.{stem}"]
+            op.weights[index], op.bits[index] = ctypes.addressof(event.struct), event.bits
+            op.columns[index] = total
+            total += event.out
+            self.event_bytes += event.nbytes
+        op.y_stride = total
+        self.at(op, "counts", x.tensor)
+        self.at(op, "thresholds", x.tensor, self.n * x.width * 4)
+        return op, total
+
+    def gated(self, i: int, x: int) -> int:
+        spikes = self.spiked_input(x)
+        if not isinstance(spikes, Spikes):
+            return super().gated(i, x)
+        op, total = self.linears_op(i, ("ffn_gate", "ffn_up"), spikes)
+        width, op.gated = total // 2, 1
+        memory = self.node("linears", op, [spikes.tensor], "F32", (width + total) * self.n)     # result, scratch
+        self.at(op, "out", memory)
+        self.at(op, "y", memory, width * self.n * F4)
+        return self.op.view_2d(memory, width, self.n, width * F4, 0)
+
+    # --- mixers ----------------------------------------------------------------------------------------
+    def gla(self, i: int, projected: int, gate: int) -> int:
+        c, n, d = self.config, self.n, self.config.head_dim
+        H, G = c.num_attention_heads, c.num_key_value_heads
+        scratch = self.library.gla_scratch(H, G, d, n) * self.threads
+        op = GlaOp(n=n, state=self.arrays[f"{i}.recurrent_state"].ctypes.data)
+        op.input.heads, op.input.groups, op.input.d, op.input.eps = H, G, d, c.norm_eps
+        op.input.q_stride = op.input.k_stride = op.input.v_stride = self.width(projected)
+        op.input.gate_stride = self.width(gate)
+        norm = self.weights[f"blk.{i}.attn_g_norm.weight"]
+        out = self.node("gla", op, [projected, gate, norm], "F32", n * H * d + scratch)
+        for name, first in (("q", 0), ("k", H), ("v", H + G)):
+            self.at(op.input, name, projected, first * d * F4)
+        self.at(op.input, "gate", gate)
+        self.at(op.input, "norm_weight", norm)
+        return self._mixed(op, out, H * d)
+
+    def window(self, i: int, projected: int) -> int:
+        c, n, d = self.config, self.n, self.config.head_dim
+        H, G, W = c.num_attention_heads, c.num_key_value_heads, c.sliding_window
+        scratch = self.library.window_scratch(H, G, d, W, n) * self.threads
+        op = WindowOp(n=n, position=self.position.ctypes.data)
+        op.input.heads, op.input.query_k = H, QUERY_SPIKE_K if c.int8_window else 0
+        op.input.q_stride = op.input.k_stride = op.input.v_stride = self.width(projected)
+        op.ring.window, op.ring.groups, op.ring.d = W, G, d
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            array = self.arrays.get(f"{i}.{name}")
+            setattr(op.ring, name, None if array is None else array.ctypes.data)
+        cos, sin = self.leaf["cos"], self.leaf["sin"]
+        out = self.node("window", op, [projected, cos, sin], "F32", n * H * d + scratch)
+        for name, first in (("q", 0), ("k", H), ("v", H + G)):
+            self.at(op.input, name, projected, first * d * F4)
+        self.at(op.input, "cos", cos)
+        self.at(op.input, "sin", sin)
+        return self._mixed(op, out, H * d)
+
+    def _mixed(self, op: Any, memory: int, width: int) -> int:
+        self.at(op, "out", memory)
+        self.at(op, "scratch", memory, self.n * width * F4)
+        self.expand(memory)     # it moves the state on, whether or not its output is wanted
+        return self.op.view_2d(memory, width, self.n, width * F4, 0)
