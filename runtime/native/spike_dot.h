@@ -19,6 +19,9 @@ struct Dot {
     static constexpr int LIMIT = Isa::LIMIT, OFFSET = Isa::OFFSET, TOKENS = Isa::TOKENS;
     static constexpr int BYTES = Isa::BYTES, QUARTER = BYTES / 4;
 
+    // To the second-level cache: prefetching to the first one waits for its few miss buffers [0.6 of the speed].
+    static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
     // --- decode ---
 
     // Four rows, their counts as four bytes, and the four rows to fetch meanwhile.
@@ -37,8 +40,10 @@ struct Dot {
             Quad quads[2];
             const int count = j + 4 < live.live ? 2 : 1;
             for (int q = 0; q < count; ++q) quads[q] = make_quad(layer, live, upcoming, outputs.begin, j + 4 * q);
-            if (count == 2) add<2>(layer, quads, bytes, sums);
-            else add<1>(layer, quads, bytes, sums);
+            // Scales come from a row of their own: a cache line in four of them with each of the first eight rows.
+            const float* scales = layer.scales(live.first, outputs.begin) + j / 8 % 4 * 16;
+            if (count == 2) add<2>(layer, quads, bytes, scales, sums);
+            else add<1>(layer, quads, bytes, scales, sums);
         }
         for (int64_t b = 0; b < padded; b += BYTES) untangle(layer, b, sums);
     }
@@ -61,14 +66,16 @@ struct Dot {
     }
 
     template <int QUADS, class Layer>
-    static void add(const Layer& layer, const Quad* quads, int64_t bytes, int32_t* sums) {
+    static void add(const Layer& layer, const Quad* quads, int64_t bytes, const float* scales, int32_t* sums) {
         V counts[QUADS], r[QUADS][4];
         for (int q = 0; q < QUADS; ++q) counts[q] = Isa::broadcast(&quads[q].counts);
         int64_t b = 0;
         for (; b + BYTES <= bytes; b += BYTES) {
+            for (int64_t o = 0; o < BYTES * BYTES / Layer::bytes(BYTES); o += 64) prefetch(scales + o);
+            scales += BYTES * BYTES / Layer::bytes(BYTES);
             for (int q = 0; q < QUADS; ++q)
                 for (int k = 0; k < 4; ++k) {
-                    if (BYTES == 64 || b % 64 == 0) __builtin_prefetch(quads[q].next[k] + b);
+                    if (BYTES == 64 || b % 64 == 0) prefetch(quads[q].next[k] + b);
                     r[q][k] = Isa::load(quads[q].row[k] + b);
                 }
             step<QUADS>(layer, r, counts, b, sums);
@@ -140,7 +147,7 @@ struct Dot {
             const uint8_t* rows[4];
             for (int r = 0; r < 4; ++r) {
                 rows[r] = layer.row(first + row[j + r < live ? j + r : j], outputs.begin);
-                __builtin_prefetch(rows[r] + 2 * whole);
+                prefetch(rows[r] + 2 * whole);
                 if (bytes == whole) continue;
                 std::memcpy(tail[r], rows[r], bytes);
                 rows[r] = tail[r];

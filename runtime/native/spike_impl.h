@@ -93,6 +93,7 @@ struct Int8Layer {
     explicit Int8Layer(const sbedge_w8& w) : w(w), in(w.in), out(w.out), group(GROUP) {}
 
     static int64_t bytes(int64_t outputs) { return outputs; }
+    const float* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
     const uint8_t* row(int64_t i, int64_t output) const {
         return reinterpret_cast<const uint8_t*>(w.codes) + i * out + output;
     }
@@ -133,6 +134,7 @@ struct Int4Layer {
     explicit Int4Layer(const sbedge_w4& w) : w(w), in(w.in), out(w.out), group(w.group) {}
 
     static int64_t bytes(int64_t outputs) { return outputs / 2; }
+    const float* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
     const uint8_t* row(int64_t i, int64_t output) const { return w.nibbles + (i * out + output) / 2; }
     void add_row(int64_t i, int32_t count, Range outputs, int, int32_t* sums) const {
         for (int64_t o = outputs.begin; o < outputs.end; o += 64, sums += 64) {
