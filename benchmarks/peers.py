@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
+
+from sbedge.apps.measure import random_ids, read_bandwidth, timed
 
 
 class Contestant(Protocol):
@@ -43,7 +46,7 @@ class Sbedge:
     def start(self, depth: int) -> None:
         self.state = self.engine.new_state()
         if depth:
-            self.engine.forward(context(depth, self.engine.config.vocab_size), self.state)
+            self.engine.forward(random_ids(depth, self.engine.config.vocab_size), self.state)
 
     def step(self, token: int) -> int:
         return int(self.engine.forward([token], self.state)[0].argmax())
@@ -65,7 +68,7 @@ class LlamaCpp:
         self.model.reset()
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.model.ctx), True)
         if depth:
-            self.model.eval(context(depth, self.vocab))
+            self.model.eval(random_ids(depth, self.vocab))
 
     def step(self, token: int) -> int:
         # The C interface itself: llama-cpp-python's own loop costs more than our whole step.
@@ -81,19 +84,9 @@ class LlamaCpp:
         self.lib.llama_get_logits_ith(self.model.ctx, -1)
 
 
-def context(depth: int, vocab: int) -> list[int]:
-    return np.random.default_rng(0).integers(3, min(vocab, 30_000), depth).tolist()
-
-
 def size_of(path: Path) -> int:
     files = [path] if path.is_file() else list(path.iterdir())
     return sum(f.stat().st_size for f in files)
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def decode_rate(contestant: Contestant, tokens: int) -> float:
@@ -106,14 +99,6 @@ def decode_rate(contestant: Contestant, tokens: int) -> float:
             token = contestant.step(token)
 
     return tokens / timed(steps)
-
-
-def read_bandwidth(threads: int, nbytes: int = 1 << 29, repeats: int = 3) -> float:
-    """GB/s of summing a buffer far larger than the caches, all threads at once."""
-    from concurrent.futures import ThreadPoolExecutor
-    parts = np.array_split(np.ones(nbytes // 8, np.int64), threads)
-    with ThreadPoolExecutor(threads) as pool:
-        return nbytes / min(timed(lambda: list(pool.map(np.sum, parts))) for _ in range(repeats)) / 1e9
 
 
 def main() -> None:
@@ -134,7 +119,7 @@ def main() -> None:
     contestants: list[Contestant] = [*peers, *(Sbedge(path, args.threads) for path in args.ours)]
     rates: dict[str, list[float]] = {c.name: [] for c in contestants}
     prefills: dict[str, list[float]] = {c.name: [] for c in contestants}
-    prompt = context(args.prefill, 30_000)
+    prompt = random_ids(args.prefill, peers[0].vocab)
     for round_number in range(args.rounds + 1):         # the first warms up and is not counted
         for contestant in contestants:
             prefill = args.prefill / timed(lambda c=contestant: c.prefill(prompt))
@@ -149,7 +134,7 @@ def main() -> None:
 
 def report(args: argparse.Namespace, contestants: list[Contestant], rates: dict[str, list[float]],
            prefills: dict[str, list[float]]) -> None:
-    bandwidth = read_bandwidth(args.threads)
+    bandwidth = read_bandwidth(args.threads) / 1e9
     best = {kind: max(statistics.median(table[c.name]) for c in contestants if isinstance(c, LlamaCpp))
             for kind, table in (("decode", rates), ("prefill", prefills))}
     rows = [{"name": c.name, "megabytes": round(c.bytes / 1e6, 1),

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sbedge.apps import synthetic
 from sbedge.checkpoint import Checkpoint
 from sbedge.reference import Reference
 
@@ -25,7 +26,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "make_synthetic", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "POOL", 10_007)  # smaller than a weight, so that the pool wraps around
+    monkeypatch.setattr(synthetic, "POOL", 10_007)  # smaller than a weight, so that the pool wraps around
     return module
 
 
@@ -62,7 +63,7 @@ def test_spiking_weights_have_a_few_codes_beyond_int8_as_published_ones_do(scrip
 
 
 def test_large_checkpoints_are_sharded(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(synthetic, "SHARD_BYTES", 100_000)
     script.main([str(tmp_path / "out"), "--shape", "tiny"])
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
