@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,18 +18,35 @@ from sbedge.reference import int8_encode, log_sigmoid, relu, rms_norm, rope_angl
 from sbedge.runtime.native.library import GlaInput, NativeLibrary, Ring, WindowInput, load_native
 
 EPS = 1e-6
+Array = np.ndarray
+GlaCase = tuple[Array, Array, Array, Array, Array, Array]      # q, k, v, gate, S, norm_weight
+WindowCase = tuple[Array, Array, Array, Array, Array]        # q, k, v, cos, sin
 LIBRARY = load_native()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="libsbedge is not built (cmake -B build && cmake --build build)")
-ISAS = [isa for isa in ("scalar", "avx2", "avx512vnni", "neon") if LIBRARY and LIBRARY.set_isa(isa.encode()) == 0]
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="libsbedge is not built (cmake -B build, cmake --build build)")
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[bool]:
+    """Whether this machine has it; if so it is in use meanwhile."""
+    assert LIBRARY is not None
+    before = LIBRARY.isa()
+    yield LIBRARY.set_isa(name.encode()) == 0
+    LIBRARY.set_isa(before)
+
+
+def available(name: str) -> bool:
+    with instruction_set(name) as accepted:
+        return accepted
+
+
+ISAS = [name for name in ("scalar", "avx2", "avx512vnni", "neon") if LIBRARY and available(name)]
 
 
 @pytest.fixture(params=ISAS)
 def native(request: pytest.FixtureRequest) -> Iterator[NativeLibrary]:
     assert LIBRARY is not None
-    before = LIBRARY.isa()
-    assert LIBRARY.set_isa(request.param.encode()) == 0
-    yield LIBRARY
-    LIBRARY.set_isa(before)
+    with instruction_set(request.param):
+        yield LIBRARY
 
 
 # --- twins ---------------------------------------------------------------------------------------
@@ -124,7 +142,7 @@ def native_window(native, twin, q, k, v, cos, sin, position, query_k=0.0, nth=1,
     return out[:-8].reshape(n, H * d)
 
 
-def gla_case(seed, n, H, G, d, gate_mean=0.0, gate_spread=2.0):
+def gla_case(seed, n, H, G, d, gate_mean=0.0, gate_spread=2.0) -> GlaCase:
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((n, heads, d), np.float32) for heads in (H, G, G))
     gate = (gate_mean + gate_spread * rng.standard_normal((n, G, d))).astype(np.float32)
@@ -136,14 +154,15 @@ def check_gla(native, case, **how):
     """Output and state within 1e-5 of their scale, against float64."""
     q, k, v, gate, S, weight = case
     exact = S.astype(np.float64)
-    expected = gla_twin(*(x.astype(np.float64) for x in (q, k, v, gate)), exact, weight.astype(np.float64))
+    inputs = [x.astype(np.float64) for x in (q, k, v, gate)]
+    expected = gla_twin(inputs[0], inputs[1], inputs[2], inputs[3], exact, weight.astype(np.float64))
     S = S.copy()
     out = native_gla(native, q, k, v, gate, S, weight, **how)
     assert np.abs(out - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
     assert np.abs(S - exact).max() <= 1e-5 * max(1, np.abs(exact).max())
 
 
-def window_case(seed, n, H, G, d, position):
+def window_case(seed, n, H, G, d, position) -> WindowCase:
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((n, heads, d), np.float32) for heads in (H, G, G))
     cos, sin = rope_angles(position + np.arange(n), d, 1e6)
@@ -193,17 +212,16 @@ def test_gla_in_any_chunks_is_gla_in_one(data):
     q, k, v, gate, S, weight = gla_case(data.draw(st.integers(0, 99)), n, 6, 2, 20,
                                         data.draw(st.sampled_from([20.0, 0.0, -30.0])))
     for isa in ISAS:
-        LIBRARY.set_isa(isa.encode())
-        whole, parts = S.copy(), S.copy()
-        expected = native_gla(LIBRARY, q, k, v, gate, whole, weight)
-        begin = 0
-        for end in cuts:
-            some = slice(begin, end)
-            out = native_gla(LIBRARY, q[some], k[some], v[some], gate[some], parts, weight)
-            assert np.abs(out - expected[some]).max() <= 1e-5 * max(1, np.abs(expected).max())
-            begin = end
-        assert np.abs(parts - whole).max() <= 1e-5 * max(1, np.abs(whole).max())
-    LIBRARY.set_isa(ISAS[-1].encode())
+        with instruction_set(isa):
+            whole, parts = S.copy(), S.copy()
+            expected = native_gla(LIBRARY, q, k, v, gate, whole, weight)
+            begin = 0
+            for end in cuts:
+                some = slice(begin, end)
+                out = native_gla(LIBRARY, q[some], k[some], v[some], gate[some], parts, weight)
+                assert np.abs(out - expected[some]).max() <= 1e-5 * max(1, np.abs(expected).max())
+                begin = end
+            assert np.abs(parts - whole).max() <= 1e-5 * max(1, np.abs(whole).max())
 
 
 @pytest.mark.parametrize("n", [1, 40])
@@ -252,8 +270,8 @@ def test_int8_rings_hold_the_references_codes_and_scales_bit_for_bit(native, d):
     v[5] *= 1 + np.arange(d, dtype=np.float32) / d
     v[6:] *= np.float32(0.01)
     ring = twin.copy()
-    out, expected = native_window(native, ring, q, k, v, cos, sin, position, 3.0), \
-        twin.attend(q, k, v, cos, sin, position, 3.0)
+    out = native_window(native, ring, q, k, v, cos, sin, position, 3.0)
+    expected = twin.attend(q, k, v, cos, sin, position, 3.0)
     assert np.array_equal(ring.codes, twin.codes) and np.array_equal(ring.scales, twin.scales)
     assert np.abs(out - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -267,19 +285,18 @@ def test_window_in_any_chunks_is_window_in_one(data):
     query_k = 3.0 if int8 else 0.0
     q, k, v, cos, sin = window_case(data.draw(st.integers(0, 99)), n, 6, 2, 10, position)
     for isa in ISAS:
-        LIBRARY.set_isa(isa.encode())
-        whole = filled_ring(1, W, 2, 10, int8, position)
-        parts = whole.copy()
-        expected = native_window(LIBRARY, whole, q, k, v, cos, sin, position, query_k)
-        begin = 0
-        for end in cuts:
-            some = slice(begin, end)
-            out = native_window(LIBRARY, parts, q[some], k[some], v[some], cos[some], sin[some], position + begin,
-                                query_k)
-            assert np.abs(out - expected[some]).max() <= 1e-5
-            begin = end
-        assert np.array_equal(parts.codes, whole.codes) and np.array_equal(parts.scales, whole.scales)
-    LIBRARY.set_isa(ISAS[-1].encode())
+        with instruction_set(isa):
+            whole = filled_ring(1, W, 2, 10, int8, position)
+            parts = whole.copy()
+            expected = native_window(LIBRARY, whole, q, k, v, cos, sin, position, query_k)
+            begin = 0
+            for end in cuts:
+                some = slice(begin, end)
+                out = native_window(LIBRARY, parts, q[some], k[some], v[some], cos[some], sin[some], position + begin,
+                                    query_k)
+                assert np.abs(out - expected[some]).max() <= 1e-5
+                begin = end
+            assert np.array_equal(parts.codes, whole.codes) and np.array_equal(parts.scales, whole.scales)
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -14,7 +14,7 @@ namespace {
 struct Avx2 {
     using reg = __m256;
     static constexpr int width = 8;
-    static constexpr int panel = 2, step = 1, dots = 3;     // vectors of a tile that fit 16 registers
+    static constexpr int rows = 6, panel = 2, step = 1, dots = 3;     // vectors of a tile that fit 16 registers
 
     static __m256i mask(int64_t n) {
         return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -5,6 +5,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)    // GCC 12 warns of its own header's deliberately undefined operands
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <immintrin.h>
@@ -18,7 +19,7 @@ namespace {
 struct Avx512 {
     using reg = __m512;
     static constexpr int width = 16;
-    static constexpr int panel = 4, step = 2, dots = 4;     // vectors of a tile that fit 32 registers
+    static constexpr int rows = 12, panel = 2, step = 2, dots = 4;     // vectors of a tile that fit 32 registers
 
     static __mmask16 mask(int64_t n) { return __mmask16((1u << n) - 1); }
     static reg set(float x) { return _mm512_set1_ps(x); }

@@ -12,7 +12,7 @@ constexpr float GLA_MIN_DECAY = -16.0f; // log-decay over a chunk: exp(+-16) kee
 constexpr int64_t GLA_STEP_ROWS = 16;   // state rows that stay in L1 while every query head reads them
 
 struct GlaScratch {
-    int64_t q, o, k, gate, decay, scores, floats;
+    int64_t q, o, k, gate, decay, scores, room, floats;
     GlaScratch(int64_t heads, int64_t groups, int64_t d, int64_t n) {
         const int64_t chunk = least(n, GLA_CHUNK), rows = heads / groups * chunk;
         Layout layout;
@@ -22,6 +22,7 @@ struct GlaScratch {
         gate = layout.take((chunk + 1) * d);   // [chunk + 1, d] log-decay since the chunk's first token
         decay = layout.take(d);                // [d]
         scores = layout.take(rows * chunk);    // [chunk, H/G, chunk]
+        room = layout.take(most(d, chunk) * PANEL);   // a packed panel
         floats = layout.floats;
     }
 };
@@ -68,6 +69,7 @@ inline void step_tile(const float* q, const float* k, const float* decay, const 
             float* cell = S + i * d + j * V::width;
             auto s = N == 1 ? V::load(cell, count) : V::load(cell);
             if (UPDATE) {
+                __builtin_prefetch(cell + GLA_STEP_ROWS * d);
                 s = V::fma(V::set(decay[i]), s, V::mul(V::set(k[i]), value[j]));
                 N == 1 ? V::store(cell, s, count) : V::store(cell, s);
             }
@@ -88,21 +90,6 @@ inline void step_rows(const float* q, const float* k, const float* decay, const 
         step_tile<V, R, N, UPDATE>(q, k, decay, v + j, S + j, o + j, d, rows, N * V::width);
     for (; j < d; j += V::width)
         step_tile<V, R, 1, UPDATE>(q, k, decay, v + j, S + j, o + j, d, rows, least(V::width, d - j));
-}
-
-template <class V, bool UPDATE>
-inline void step_heads(int64_t heads, const float* q, const float* k, const float* decay, const float* v, float* S,
-                       float* o, int64_t d, int64_t rows) {
-    switch (heads) {
-        case 1: return step_rows<V, 1, UPDATE>(q, k, decay, v, S, o, d, rows);
-        case 2: return step_rows<V, 2, UPDATE>(q, k, decay, v, S, o, d, rows);
-        case 3: return step_rows<V, 3, UPDATE>(q, k, decay, v, S, o, d, rows);
-        case 4: return step_rows<V, 4, UPDATE>(q, k, decay, v, S, o, d, rows);
-        case 5: return step_rows<V, 5, UPDATE>(q, k, decay, v, S, o, d, rows);
-        case 6: return step_rows<V, 6, UPDATE>(q, k, decay, v, S, o, d, rows);
-        case 7: return step_rows<V, 7, UPDATE>(q, k, decay, v, S, o, d, rows);
-        default: return step_rows<V, 8, UPDATE>(q, k, decay, v, S, o, d, rows);
-    }
 }
 
 // One group of one sequence: pointers to its first token, strides as in sbedge_gla_input.
@@ -133,9 +120,14 @@ void gla_step(const sbedge_gla_input* in, const GlaGroup& group, const GlaScratc
     for (int64_t i = 0; i < d; i += GLA_STEP_ROWS) {
         const int64_t rows = least(GLA_STEP_ROWS, d - i);
         float* S = group.S + i * d;
-        step_heads<V, true>(least(8, heads), q + i, k + i, decay + i, group.v, S, o, d, rows);
+        with_rows<8>(least(8, heads), [&](auto R) {
+            step_rows<V, decltype(R)::value, true>(q + i, k + i, decay + i, group.v, S, o, d, rows);
+        });
         for (int64_t h = 8; h < heads; h += 8)
-            step_heads<V, false>(least(8, heads - h), q + h * d + i, k + i, decay + i, group.v, S, o + h * d, d, rows);
+            with_rows<8>(least(8, heads - h), [&](auto R) {
+                step_rows<V, decltype(R)::value, false>(q + h * d + i, k + i, decay + i, group.v, S, o + h * d, d,
+                                                        rows);
+            });
     }
     for (int64_t h = 0; h < heads; ++h)
         normalize<V>(o + h * d, in->norm_weight, in->eps, group.out + h * d, d);
@@ -170,7 +162,7 @@ void gla_chunk(const sbedge_gla_input* in, const GlaGroup& group, int64_t n, con
     const int64_t d = group.d, heads = group.heads, rows = heads * n;
     float *q = scratch + at.q, *o = scratch + at.o, *k = scratch + at.k, *scores = scratch + at.scores;
     const float* sums = scratch + at.gate;
-    float* decay = scratch + at.decay;
+    float *decay = scratch + at.decay, *grown = scratch + at.o, *room = scratch + at.room;
     exponentials<V>(decay, decay, d);
     for (int64_t i = 0; i < d; ++i) scale_row<V>(group.S + i * d, decay[i], d);
 
@@ -182,20 +174,24 @@ void gla_chunk(const sbedge_gla_input* in, const GlaGroup& group, int64_t n, con
             for_vectors<V>(d, [&](int64_t i, int64_t count) {
                 V::store(row + i, V::mul(V::load(row + i, count), V::load(decay + i, count)), count);
             });
-        const float* key = group.k + t * in->k_stride;
-        for (int64_t i = 0; i < d; ++i) k[i * n + t] = (key[i] > 0 ? key[i] : 0.0f) / decay[i];
+        const float *key = group.k + t * in->k_stride, *sum = sums + t * d;
+        for_vectors<V>(d, [&](int64_t i, int64_t count) {
+            const auto growth = exponential<V>(V::sub(V::set(0.0f), V::load(sum + i, count)));
+            V::store(grown + i, V::mul(V::max(V::set(0.0f), V::load(key + i, count)), growth), count);
+        });
+        for (int64_t i = 0; i < d; ++i) k[i * n + t] = grown[i];
     }
 
-    multiply<V>(rows, d, d, q, d, group.S, d, o, d, false);
+    multiply<V>(rows, d, d, q, d, group.S, d, o, d, false, room);
     for (int64_t t = 0; t < n; t += GLA_CAUSAL_BLOCK) {
         const int64_t end = least(n, t + GLA_CAUSAL_BLOCK), m = (end - t) * heads;
         float* block = scores + t * heads * n;
-        multiply<V>(m, end, d, q + t * heads * d, d, k, n, block, n, false);
+        multiply<V>(m, end, d, q + t * heads * d, d, k, n, block, n, false, room);
         for (int64_t i = 0; i < m; ++i)
             for (int64_t s = t + i / heads + 1; s < end; ++s) block[i * n + s] = 0;
-        multiply<V>(m, d, end, block, n, group.v, in->v_stride, o + t * heads * d, d, true);
+        multiply<V>(m, d, end, block, n, group.v, in->v_stride, o + t * heads * d, d, true, room);
     }
-    multiply<V>(d, d, n, k, n, group.v, in->v_stride, group.S, d, true);
+    multiply<V>(d, d, n, k, n, group.v, in->v_stride, group.S, d, true, room);
     for (int64_t i = 0; i < d; ++i) scale_row<V>(group.S + i * d, decay[i], d);     // decay: exp(c_last)
 
     for (int64_t i = 0; i < rows; ++i)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "internal.h"
 
@@ -88,34 +89,52 @@ inline void multiply_tile(int64_t K, const float* a, int64_t lda, const float* b
         }
 }
 
+// f(std::integral_constant<int, R>) for R = rows, 1..MAX: a run-time count becomes registers.
+template <int MAX, class F>
+inline void with_rows(int64_t rows, F f) {
+    if constexpr (MAX > 0) {
+        if (rows == MAX)
+            f(std::integral_constant<int, MAX>());
+        else
+            with_rows<MAX - 1>(rows, f);
+    }
+}
+
 // All rows of one column panel.
 template <class V, int N>
 inline void multiply_panel(int64_t M, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                            int64_t ldc, int64_t count, bool accumulate) {
-    int64_t m = 0;
-    for (; m + 6 <= M; m += 6)
-        multiply_tile<V, 6, N>(K, a + m * lda, lda, b, ldb, c + m * ldc, ldc, count, accumulate);
-    a += m * lda, c += m * ldc;
-    switch (M - m) {
-        case 5: multiply_tile<V, 5, N>(K, a, lda, b, ldb, c, ldc, count, accumulate); break;
-        case 4: multiply_tile<V, 4, N>(K, a, lda, b, ldb, c, ldc, count, accumulate); break;
-        case 3: multiply_tile<V, 3, N>(K, a, lda, b, ldb, c, ldc, count, accumulate); break;
-        case 2: multiply_tile<V, 2, N>(K, a, lda, b, ldb, c, ldc, count, accumulate); break;
-        case 1: multiply_tile<V, 1, N>(K, a, lda, b, ldb, c, ldc, count, accumulate); break;
-        default: break;
-    }
+    for (; M >= V::rows; M -= V::rows, a += V::rows * lda, c += V::rows * ldc)
+        multiply_tile<V, V::rows, N>(K, a, lda, b, ldb, c, ldc, count, accumulate);
+    with_rows<V::rows - 1>(M, [&](auto rest) {
+        multiply_tile<V, decltype(rest)::value, N>(K, a, lda, b, ldb, c, ldc, count, accumulate);
+    });
 }
 
-// c [M, N] (+)= a [M, K] b [K, N], row-major with the given row strides.
+constexpr int64_t PANEL = 32;   // columns of b that are packed together, at most
+
+// c [M, N] (+)= a [M, K] b [K, N], row-major with the given row strides. Where many rows pass over them, panels of b
+// are packed into `room` [K, PANEL] first: rows a power of two apart would evict each other from L1.
 template <class V>
 inline void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb,
-                     float* c, int64_t ldc, bool accumulate) {
+                     float* c, int64_t ldc, bool accumulate, float* room) {
     constexpr int64_t panel = V::panel * V::width;
+    static_assert(panel <= PANEL, "room for one panel");
+    const bool pack = M >= 3 * V::rows && ldb > panel;
     int64_t j = 0;
-    for (; j + panel <= N; j += panel)
-        multiply_panel<V, V::panel>(M, K, a, lda, b + j, ldb, c + j, ldc, panel, accumulate);
+    for (; j + panel <= N; j += panel) {
+        if (pack)
+            for (int64_t k = 0; k < K; ++k)
+                for (int64_t i = 0; i < panel; i += V::width) V::store(room + k * panel + i, V::load(b + k * ldb + j + i));
+        multiply_panel<V, V::panel>(M, K, a, lda, pack ? room : b + j, pack ? panel : ldb, c + j, ldc, panel, accumulate);
+    }
     for (; j < N; j += V::width)
         multiply_panel<V, 1>(M, K, a, lda, b + j, ldb, c + j, ldc, least(V::width, N - j), accumulate);
+}
+
+// Asks for a row ahead of its use; strided rows are nothing the hardware foresees.
+inline void prefetch(const void* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i, 0, 2);
 }
 
 template <class V>

@@ -14,7 +14,7 @@ namespace {
 struct Neon {
     using reg = float32x4_t;
     static constexpr int width = 4;
-    static constexpr int panel = 4, step = 2, dots = 4;     // vectors of a tile that fit 32 registers
+    static constexpr int rows = 12, panel = 2, step = 2, dots = 4;     // vectors of a tile that fit 32 registers
 
     static reg set(float x) { return vdupq_n_f32(x); }
     static reg load(const float* p) { return vld1q_f32(p); }

@@ -8,7 +8,7 @@ namespace {
 struct Scalar {
     using reg = float;
     static constexpr int width = 1;
-    static constexpr int panel = 4, step = 1, dots = 2;     // vectors of a tile that fit the registers
+    static constexpr int rows = 4, panel = 2, step = 1, dots = 2;     // vectors of a tile that fit the registers
 
     static reg set(float x) { return x; }
     static reg load(const float* p) { return *p; }

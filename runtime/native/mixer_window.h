@@ -10,7 +10,7 @@ namespace sbedge {
 namespace {
 
 constexpr int64_t KEY_BLOCK = 64;    // keys scored at a time; a multiple of every vector width
-constexpr int64_t WINDOW_ROWS = 128; // queries (tokens * heads of a group) that share a pass over the ring, about
+constexpr int64_t WINDOW_ROWS = 192; // queries (tokens * heads of a group) that share a pass over the ring, about
 constexpr int64_t DOT_ROWS = 16;     // below this many queries, keys are not worth transposing
 
 // Tokens taken together: those of one tile see each other's keys from scratch, all older ones from the ring.
@@ -19,7 +19,7 @@ inline int64_t tile_tokens(int64_t group_heads, int64_t n) {
 }
 
 struct WindowScratch {
-    int64_t tile, q, o, maximum, total, scores, transposed, keys, values, own_keys, own_values, own_codes, own_scales;
+    int64_t tile, q, o, maximum, total, scores, transposed, room, keys, values, own_keys, own_values, own_codes, own_scales;
     int64_t floats;
     WindowScratch(int64_t heads, int64_t groups, int64_t d, int64_t n) {
         tile = tile_tokens(heads / groups, n);
@@ -31,6 +31,7 @@ struct WindowScratch {
         total = layout.take(rows);                    // running sum of the weights
         scores = layout.take(rows * KEY_BLOCK);       // [rows, KEY_BLOCK]
         transposed = layout.take(d * KEY_BLOCK);      // [d, KEY_BLOCK] a block of keys
+        room = layout.take(most(d, KEY_BLOCK) * PANEL);    // a packed panel
         keys = layout.take(KEY_BLOCK * d);            // a block of keys decoded from int8
         values = layout.take(KEY_BLOCK * d);          // and its values
         own_keys = layout.take(tile * d);             // [tile, d] as they will be read from the ring
@@ -86,35 +87,34 @@ inline float quantize(float* x, int8_t* codes, int64_t d) {
     return scale;
 }
 
-// scores [R, 4 keys at a time] = q [R, d] . keys; columns past `count` up to a multiple of 4 are undefined.
+// scores [R, 4] = q [R, d] . keys [count <= 4, d]; columns past `count` are undefined.
 template <class V, int R>
 inline void dot_rows(const float* q, const float* keys, int64_t stride, int64_t count, float* scores, int64_t d) {
-    for (int64_t j = 0; j < count; j += 4) {
-        const float* key[4];
-        for (int i = 0; i < 4; ++i) key[i] = keys + least(j + i, count - 1) * stride;
-        typename V::reg sum[R][4];
-        for (int r = 0; r < R; ++r)
-            for (int i = 0; i < 4; ++i) sum[r][i] = V::set(0.0f);
-        for_vectors<V>(d, [&](int64_t c, int64_t width) {
-            typename V::reg x[R];
-            for (int r = 0; r < R; ++r) x[r] = V::load(q + r * d + c, width);
-            for (int i = 0; i < 4; ++i) {
-                const auto y = V::load(key[i] + c, width);
-                for (int r = 0; r < R; ++r) sum[r][i] = V::fma(x[r], y, sum[r][i]);
-            }
-        });
-        for (int r = 0; r < R; ++r)
-            V::store_sums(scores + r * KEY_BLOCK + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-    }
+    const float* key[4];
+    for (int i = 0; i < 4; ++i) key[i] = keys + least(i, count - 1) * stride;
+    typename V::reg sum[R][4];
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 4; ++i) sum[r][i] = V::set(0.0f);
+    for_vectors<V>(d, [&](int64_t c, int64_t width) {
+        typename V::reg x[R];
+        for (int r = 0; r < R; ++r) x[r] = V::load(q + r * d + c, width);
+        for (int i = 0; i < 4; ++i) {
+            const auto y = V::load(key[i] + c, width);
+            for (int r = 0; r < R; ++r) sum[r][i] = V::fma(x[r], y, sum[r][i]);
+        }
+    });
+    for (int r = 0; r < R; ++r)
+        V::store_sums(scores + r * KEY_BLOCK, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
+// scores [rows, 4], rows KEY_BLOCK apart, of up to 4 keys
 template <class V>
 inline void score_by_dots(int64_t rows, const float* q, const float* keys, int64_t stride, int64_t count, float* scores,
                           int64_t d) {
-    int64_t r = 0;
-    for (; r + V::dots <= rows; r += V::dots)
-        dot_rows<V, V::dots>(q + r * d, keys, stride, count, scores + r * KEY_BLOCK, d);
-    for (; r < rows; ++r) dot_rows<V, 1>(q + r * d, keys, stride, count, scores + r * KEY_BLOCK, d);
+    for (int64_t r = 0; r < rows; r += V::dots)
+        with_rows<V::dots>(least(V::dots, rows - r), [&](auto R) {
+            dot_rows<V, decltype(R)::value>(q + r * d, keys, stride, count, scores + r * KEY_BLOCK, d);
+        });
 }
 
 // The queries of one tile of one group, and what they have gathered so far.
@@ -122,23 +122,30 @@ template <class V>
 struct Tile {
     int64_t tokens, heads, d, window;
     int64_t position;   // of the first token
-    float *q, *o, *maximum, *total, *scores, *transposed;
+    float *q, *o, *maximum, *total, *scores, *transposed, *room;
 
     // Keys at positions first..first+count-1 (count <= KEY_BLOCK), rows `stride` floats apart.
     void attend(const float* keys, int64_t key_stride, const float* values, int64_t value_stride, int64_t count,
                 int64_t first) {
         const int64_t rows = tokens * heads;
         if (rows < DOT_ROWS) {
-            score_by_dots<V>(rows, q, keys, key_stride, count, scores, d);
+            for (int64_t j = 0; j < count; j += 4) {
+                // What the next block will need arrives in L2 meanwhile: its rows lie where no hardware looks ahead.
+                for (int64_t i = j + KEY_BLOCK; i < j + KEY_BLOCK + 4; ++i) {
+                    prefetch(keys + i * key_stride, d * sizeof(float));
+                    prefetch(values + i * value_stride, d * sizeof(float));
+                }
+                score_by_dots<V>(rows, q, keys + j * key_stride, key_stride, least(4, count - j), scores + j, d);
+            }
         } else {
             for (int64_t j = 0; j < count; ++j)
                 for (int64_t i = 0; i < d; ++i) transposed[i * KEY_BLOCK + j] = keys[j * key_stride + i];
-            multiply<V>(rows, count, d, q, d, transposed, KEY_BLOCK, scores, KEY_BLOCK, false);
+            multiply<V>(rows, count, d, q, d, transposed, KEY_BLOCK, scores, KEY_BLOCK, false, room);
         }
         const bool all_visible = first > position + tokens - 1 - window && first + count - 1 <= position;
         if (!all_visible) hide(count, first);
         for (int64_t r = 0; r < rows; ++r) weigh(r, count);
-        multiply<V>(rows, d, count, scores, KEY_BLOCK, values, value_stride, o, d, true);
+        multiply<V>(rows, d, count, scores, KEY_BLOCK, values, value_stride, o, d, true, room);
     }
 
     // A token sees positions (its own - window, its own].
@@ -183,6 +190,7 @@ inline void decode(const int8_t* codes, const float* scales, const sbedge_ring* 
     for (int64_t j = 0; j < count; ++j) {
         const int64_t row = (slot + j) * ring->groups + g;
         const auto scale = V::set(scales[row]);
+        prefetch(codes + (row + KEY_BLOCK * ring->groups) * d, d);
         for_vectors<V>(d, [&](int64_t i, int64_t n) {
             V::store(x + j * d + i, V::mul(V::load_int8(codes + row * d + i, n), scale), n);
         });
@@ -220,7 +228,7 @@ struct WindowGroup {
         const int64_t d = ring->d;
         float *own_keys = scratch + at.own_keys, *own_values = scratch + at.own_values;
         Tile<V> tile{tokens, heads, d, ring->window, position, scratch + at.q, scratch + at.o, scratch + at.maximum,
-                     scratch + at.total, scratch + at.scores, scratch + at.transposed};
+                     scratch + at.total, scratch + at.scores, scratch + at.transposed, scratch + at.room};
         prepare(tile, t);
         attend_ring<V>(tile, ring, g, scratch + at.keys, scratch + at.values);
         tile.attend(own_keys, d, own_values, d, tokens, position);
