@@ -25,6 +25,7 @@ PACKAGES = {"llama_cpp": "lib", "libggml": "lib64"}     # import name -> folder 
 INSTALL_HINT = "install one with: pip install 'sbedge[ggml]'"
 SUFFIXES = (".so", ".dylib", ".dll")
 
+SPIN_COUNT = "300"      # about a microsecond: the wait of two threads that are both running
 LOG_LEVELS = (3, 4)     # warnings and errors; the others are chatter
 LOG_CALLBACK = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
 
@@ -128,6 +129,9 @@ def _library(folder: Path, stem: str) -> Path | None:
 def _declare(folder: Path) -> Any:
     # In the order of their dependence on each other; by full path, so that each is loaded once.
     paths = [path for stem in ("ggml-base", "ggml-cpu", "ggml") if (path := _library(folder, stem))]
+    # llama-cpp-python's ggml waits in OpenMP barriers, several hundred a token, spinning for milliseconds each: with
+    # another process on the cores a token takes seconds. Read once, when the library is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         handles = {kind: [kind(str(path)) for path in paths] for kind in (c.CDLL, c.PyDLL)}
     except OSError as error:
