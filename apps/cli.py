@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": ("chat", "talk with a model in the terminal"),
     "generate": ("commands.generate", "continue a text"),
     "export": ("commands.export", "turn a checkpoint into a GGUF file or an ONNX folder"),
+    "bench": ("commands.bench", "measure speed and memory of a model, or of random weights of a shape"),
     "inspect": ("commands.inspect", "show what a model file holds and how much memory it needs"),
     "logits": ("commands.logits", "write the logits of a list of token ids to a .npy file"),
     "tokenize": ("commands.tokenize", "turn text into token ids"),

@@ -16,7 +16,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def read_bandwidth(threads: int, nbytes: int = 1 << 29, repeats: int = 3) -> float:
+def read_bandwidth(threads: int, nbytes: int = 1 << 29, repeats: int = 10) -> float:
     """Bytes a second of summing a buffer far larger than the caches, all threads at once; the best of `repeats`."""
     parts = np.array_split(np.ones(nbytes // 8, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
