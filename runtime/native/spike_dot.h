@@ -18,76 +18,71 @@ struct Dot {
     using V = typename Isa::V;
     static constexpr int LIMIT = Isa::LIMIT, OFFSET = Isa::OFFSET, TOKENS = Isa::TOKENS;
     static constexpr int BYTES = Isa::BYTES, QUARTER = BYTES / 4;
+    static constexpr int ROWS = 8;  // that decode adds at once [16: fewer passes over the sums, but no faster]
 
     // To the second-level cache: prefetching to the first one waits for its few miss buffers [0.6 of the speed].
     static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
     // --- decode ---
 
-    // Four rows, their counts as four bytes, and the four rows to fetch meanwhile.
-    struct Quad {
-        const uint8_t* row[4];
-        const uint8_t* next[4];
-        int32_t counts;
-    };
-
+    // Adds ROWS live rows at a time, while the next are prefetched.
     template <class Layer>
     static void rows(const Layer& layer, const Live& live, const Live& upcoming, Range outputs, int32_t* sums) {
         const int64_t bytes = Layer::bytes(outputs.end - outputs.begin);
         const int64_t padded = (bytes + BYTES - 1) / BYTES * BYTES;
         std::memset(sums, 0, padded * (outputs.end - outputs.begin) / bytes * sizeof(int32_t));
-        for (int j = 0; j < live.live; j += 8) {
-            Quad quads[2];
-            const int count = j + 4 < live.live ? 2 : 1;
-            for (int q = 0; q < count; ++q) quads[q] = make_quad(layer, live, upcoming, outputs.begin, j + 4 * q);
-            // Scales come from a row of their own: a cache line in four of them with each of the first eight rows.
-            const float* scales = layer.scales(live.first, outputs.begin) + j / 8 % 4 * 16;
-            if (count == 2) add<2>(layer, quads, bytes, scales, sums);
-            else add<1>(layer, quads, bytes, scales, sums);
+        const uint8_t* row[GROUP + 2 * ROWS];
+        int8_t counts[GROUP];
+        const int count = list(layer, live, upcoming, outputs.begin, row, counts);
+        for (int j = 0; j < count; j += ROWS) {
+            // Scales come from a row of their own: each lot of rows prefetches a cache line in four of them.
+            const float* scales = layer.scales(live.first, outputs.begin) + j / ROWS % 4 * 16;
+            if (j + 4 < count) add<2>(layer, row + j, counts + j, bytes, scales, sums);
+            else add<1>(layer, row + j, counts + j, bytes, scales, sums);
         }
         for (int64_t b = 0; b < padded; b += BYTES) untangle(layer, b, sums);
     }
 
+    // The live rows and their counts, up to a multiple of four with rows that do not spike, then the first ones of
+    // the next group. Returns how many before those.
     template <class Layer>
-    static Quad make_quad(const Layer& layer, const Live& live, const Live& upcoming, int64_t output, int j) {
-        Quad quad;
-        int8_t counts[4];
-        for (int r = 0; r < 4; ++r) {
-            const int own = j + r < live.live ? j + r : j;  // a row of the quad's own again, with no spikes
-            const int next = j + 8 + r, later = next - (live.live + 7) / 8 * 8;
-            quad.row[r] = layer.row(live.first + live.row[own], output);
-            quad.next[r] = next < live.live                        ? layer.row(live.first + live.row[next], output)
-                           : later >= 0 && later < upcoming.live ? layer.row(upcoming.first + upcoming.row[later], output)
-                                                                 : quad.row[r];
-            counts[r] = static_cast<int8_t>(j + r < live.live ? live.count[own] : 0);
+    static int list(const Layer& layer, const Live& live, const Live& upcoming, int64_t output, const uint8_t** row,
+                    int8_t* counts) {
+        if (!live.live) return 0;
+        int count = 0;
+        for (; count < live.live; ++count) {
+            row[count] = layer.row(live.first + live.row[count], output);
+            counts[count] = static_cast<int8_t>(live.count[count]);
         }
-        std::memcpy(&quad.counts, counts, 4);
-        return quad;
+        for (; count % 4; ++count) row[count] = row[0], counts[count] = 0;
+        for (int j = 0; j < 2 * ROWS; ++j)
+            row[count + j] = j < upcoming.live ? layer.row(upcoming.first + upcoming.row[j], output) : row[0];
+        return count;
     }
 
+    // row: 4 * QUADS to add, and ROWS further the same number to prefetch
     template <int QUADS, class Layer>
-    static void add(const Layer& layer, const Quad* quads, int64_t bytes, const float* scales, int32_t* sums) {
-        V counts[QUADS], r[QUADS][4];
-        for (int q = 0; q < QUADS; ++q) counts[q] = Isa::broadcast(&quads[q].counts);
+    static void add(const Layer& layer, const uint8_t* const* row, const int8_t* counts, int64_t bytes,
+                    const float* scales, int32_t* sums) {
+        constexpr int64_t OUTPUTS = BYTES * BYTES / Layer::bytes(BYTES);
+        V s[QUADS], r[QUADS][4];
+        for (int q = 0; q < QUADS; ++q) s[q] = Isa::broadcast(counts + 4 * q);
         int64_t b = 0;
-        for (; b + BYTES <= bytes; b += BYTES) {
-            for (int64_t o = 0; o < BYTES * BYTES / Layer::bytes(BYTES); o += 64) prefetch(scales + o);
-            scales += BYTES * BYTES / Layer::bytes(BYTES);
-            for (int q = 0; q < QUADS; ++q)
-                for (int k = 0; k < 4; ++k) {
-                    if (BYTES == 64 || b % 64 == 0) prefetch(quads[q].next[k] + b);
-                    r[q][k] = Isa::load(quads[q].row[k] + b);
-                }
-            step<QUADS>(layer, r, counts, b, sums);
+        for (; b + BYTES <= bytes; b += BYTES, scales += OUTPUTS) {
+            for (int64_t o = 0; o < OUTPUTS; o += 64) prefetch(scales + o);
+            for (int j = 0; j < 4 * QUADS; ++j) {
+                if (BYTES == 64 || b % 64 == 0) prefetch(row[j + ROWS] + b);
+                r[j / 4][j % 4] = Isa::load(row[j] + b);
+            }
+            step<QUADS>(layer, r, s, b, sums);
         }
         if (b == bytes) return;
         uint8_t tail[BYTES] = {};
-        for (int q = 0; q < QUADS; ++q)
-            for (int k = 0; k < 4; ++k) {
-                std::memcpy(tail, quads[q].row[k] + b, bytes - b);
-                r[q][k] = Isa::load(tail);
-            }
-        step<QUADS>(layer, r, counts, b, sums);
+        for (int j = 0; j < 4 * QUADS; ++j) {
+            std::memcpy(tail, row[j] + b, bytes - b);
+            r[j / 4][j % 4] = Isa::load(tail);
+        }
+        step<QUADS>(layer, r, s, b, sums);
     }
 
     // BYTES outputs, whose sums are left as `interleave` orders them.

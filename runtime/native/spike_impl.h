@@ -92,7 +92,7 @@ struct Int8Layer {
     int64_t in, out, group;
     explicit Int8Layer(const sbedge_w8& w) : w(w), in(w.in), out(w.out), group(GROUP) {}
 
-    static int64_t bytes(int64_t outputs) { return outputs; }
+    static constexpr int64_t bytes(int64_t outputs) { return outputs; }
     const float* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
     const uint8_t* row(int64_t i, int64_t output) const {
         return reinterpret_cast<const uint8_t*>(w.codes) + i * out + output;
@@ -133,7 +133,7 @@ struct Int4Layer {
     int64_t in, out, group;
     explicit Int4Layer(const sbedge_w4& w) : w(w), in(w.in), out(w.out), group(w.group) {}
 
-    static int64_t bytes(int64_t outputs) { return outputs / 2; }
+    static constexpr int64_t bytes(int64_t outputs) { return outputs / 2; }
     const float* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
     const uint8_t* row(int64_t i, int64_t output) const { return w.nibbles + (i * out + output) / 2; }
     void add_row(int64_t i, int32_t count, Range outputs, int, int32_t* sums) const {
