@@ -7,7 +7,7 @@ namespace sbedge {
 namespace {
 
 constexpr int64_t GLA_CHUNK = 32;       // tokens at most; fewer where decays are strong
-constexpr int64_t GLA_CAUSAL_BLOCK = 8; // tokens whose keys inside the chunk are taken together
+constexpr int64_t GLA_CAUSAL_BLOCK = 16; // tokens whose keys inside the chunk are taken together
 constexpr float GLA_MIN_DECAY = -16.0f; // log-decay over a chunk: exp(+-16) keeps every ratio exact to float rounding
 constexpr int64_t GLA_STEP_ROWS = 16;   // state rows that stay in L1 while every query head reads them
 
@@ -19,7 +19,7 @@ struct GlaScratch {
         q = layout.take(rows * d);             // [chunk, H/G, d] relu(q) / sqrt(d), decayed
         o = layout.take(rows * d);             // [chunk, H/G, d]
         k = layout.take(d * chunk);            // [d, chunk] relu(k), grown by what its decay will be
-        gate = layout.take((chunk + 1) * d);   // [chunk + 1, d] log-decay since the chunk's first token
+        gate = layout.take(chunk * d);         // [chunk, d] log-decay since the chunk's start
         decay = layout.take(d);                // [d]
         scores = layout.take(rows * chunk);    // [chunk, H/G, chunk]
         room = layout.take(most(d, chunk) * PANEL);   // a packed panel
@@ -133,19 +133,18 @@ void gla_step(const sbedge_gla_input* in, const GlaGroup& group, const GlaScratc
         normalize<V>(o + h * d, in->norm_weight, in->eps, group.out + h * d, d);
 }
 
-// The longest chunk from here on (1..limit tokens) in which no channel decays below GLA_MIN_DECAY after the first token.
-// Row j of `sums` becomes the log-decay from the first token to token j (row 0: zeros), `first` that of the first token.
+// The longest chunk from here on (up to `limit` tokens) in which no channel decays below GLA_MIN_DECAY: 0 if already
+// the first token does. Row t of `sums` [limit, d] becomes the log-decay from before the chunk to token t.
 template <class V>
-int64_t chunk_decays(const sbedge_gla_input* in, const GlaGroup& group, int64_t limit, float* sums, float* first) {
+int64_t chunk_decays(const sbedge_gla_input* in, const GlaGroup& group, int64_t limit, float* sums) {
     const int64_t d = group.d;
-    log_decay<V>(group.gate, first, d);
-    for (int64_t i = 0; i < d; ++i) sums[i] = 0;
-    for (int64_t t = 1; t < limit; ++t) {
+    for (int64_t t = 0; t < limit; ++t) {
         float* row = sums + t * d;
         log_decay<V>(group.gate + t * in->gate_stride, row, d);
         auto lowest = V::set(0.0f);
         for_vectors<V>(d, [&](int64_t i, int64_t count) {
-            const auto sum = V::add(V::load(row + i, count), V::load(row - d + i, count));
+            auto sum = V::load(row + i, count);
+            if (t) sum = V::add(sum, V::load(row - d + i, count));
             lowest = V::min(lowest, sum);
             V::store(row + i, sum, count);
         });
@@ -154,48 +153,54 @@ int64_t chunk_decays(const sbedge_gla_input* in, const GlaGroup& group, int64_t 
     return limit;
 }
 
-// A chunk of n tokens. With c_t the log-decay since the first token, q'_t = q_t exp(c_t), k'_s = k_s exp(-c_s) and
-// S' = exp(g_first) S:  o_t = q'_t S' + sum_{s <= t} (q'_t . k'_s) v_s  and  S = exp(c_last) (S' + sum_s k'_s v_s^T).
-// The first token's own decay, which may be total, touches nothing but S: a chunk of one token is the recurrence.
+// A token's queries and key, as gla_chunk has them: q' [H/G, d], and k' as column t of k [d, n].
+template <class V>
+inline void decay_token(const sbedge_gla_input* in, const GlaGroup& group, int64_t t, int64_t n, const float* sum,
+                        float* q, float* k, float* room) {
+    const int64_t d = group.d;
+    const float *query = group.q + t * in->q_stride, *key = group.k + t * in->k_stride;
+    const auto zero = V::set(0.0f), scale = V::set(1.0f / std::sqrt(float(d)));
+    for_vectors<V>(d, [&](int64_t i, int64_t count) {
+        const auto log = V::load(sum + i, count);
+        const auto decay = V::mul(exponential<V>(log), scale);
+        for (int64_t h = 0; h < group.heads * d; h += d)
+            V::store(q + h + i, V::mul(V::max(zero, V::load(query + h + i, count)), decay), count);
+        const auto growth = exponential<V>(V::sub(zero, log));
+        V::store(room + i, V::mul(V::max(zero, V::load(key + i, count)), growth), count);
+    });
+    for (int64_t i = 0; i < d; ++i) k[i * n + t] = room[i];
+}
+
+// A chunk of n tokens. With c_t the log-decay from before it to token t, q'_t = q_t exp(c_t) and k'_s = k_s exp(-c_s):
+// o_t = q'_t S + sum_{s <= t} (q'_t . k'_s) v_s  and then  S = exp(c_last) S + sum_s exp(c_last) k'_s v_s^T.
 template <class V>
 void gla_chunk(const sbedge_gla_input* in, const GlaGroup& group, int64_t n, const GlaScratch& at, float* scratch) {
     const int64_t d = group.d, heads = group.heads, rows = heads * n;
-    float *q = scratch + at.q, *o = scratch + at.o, *k = scratch + at.k, *scores = scratch + at.scores;
     const float* sums = scratch + at.gate;
-    float *decay = scratch + at.decay, *grown = scratch + at.o, *room = scratch + at.room;
-    exponentials<V>(decay, decay, d);
-    for (int64_t i = 0; i < d; ++i) scale_row<V>(group.S + i * d, decay[i], d);
+    float *q = scratch + at.q, *o = scratch + at.o, *k = scratch + at.k, *scores = scratch + at.scores;
+    float *decay = scratch + at.decay, *room = scratch + at.room;
+    for (int64_t t = 0; t < n; ++t) decay_token<V>(in, group, t, n, sums + t * d, q + t * heads * d, k, room);
 
-    for (int64_t t = 0; t < n; ++t) {
-        float* row = q + t * heads * d;
-        rectify<V>(group.q + t * in->q_stride, 1.0f / std::sqrt(float(d)), row, heads * d);
-        exponentials<V>(sums + t * d, decay, d);
-        for (int64_t h = 0; h < heads; ++h, row += d)
-            for_vectors<V>(d, [&](int64_t i, int64_t count) {
-                V::store(row + i, V::mul(V::load(row + i, count), V::load(decay + i, count)), count);
-            });
-        const float *key = group.k + t * in->k_stride, *sum = sums + t * d;
-        for_vectors<V>(d, [&](int64_t i, int64_t count) {
-            const auto growth = exponential<V>(V::sub(V::set(0.0f), V::load(sum + i, count)));
-            V::store(grown + i, V::mul(V::max(V::set(0.0f), V::load(key + i, count)), growth), count);
-        });
-        for (int64_t i = 0; i < d; ++i) k[i * n + t] = grown[i];
-    }
-
-    multiply<V>(rows, d, d, q, d, group.S, d, o, d, false, room);
+    multiply<V>(rows, d, d, q, d, group.S, d, o, d, {false, nullptr}, room);
     for (int64_t t = 0; t < n; t += GLA_CAUSAL_BLOCK) {
         const int64_t end = least(n, t + GLA_CAUSAL_BLOCK), m = (end - t) * heads;
         float* block = scores + t * heads * n;
-        multiply<V>(m, end, d, q + t * heads * d, d, k, n, block, n, false, room);
+        for (int64_t i = t; i < end; ++i) {     // arrives while the products keep the core busy
+            prefetch(group.q + (n + i) * in->q_stride, heads * d * sizeof(float));
+            prefetch(group.out + i * in->heads * d, heads * d * sizeof(float));
+        }
+        multiply<V>(m, end, d, q + t * heads * d, d, k, n, block, n, {false, nullptr}, room);
         for (int64_t i = 0; i < m; ++i)
             for (int64_t s = t + i / heads + 1; s < end; ++s) block[i * n + s] = 0;
-        multiply<V>(m, d, end, block, n, group.v, in->v_stride, o + t * heads * d, d, true, room);
+        multiply<V>(m, d, end, block, n, group.v, in->v_stride, o + t * heads * d, d, {true, nullptr}, room);
     }
-    multiply<V>(d, d, n, k, n, group.v, in->v_stride, group.S, d, true, room);
-    for (int64_t i = 0; i < d; ++i) scale_row<V>(group.S + i * d, decay[i], d);     // decay: exp(c_last)
+    exponentials<V>(sums + (n - 1) * d, decay, d);
+    for (int64_t i = 0; i < d; ++i) scale_row<V>(k + i * n, decay[i], n);
+    multiply<V>(d, d, n, k, n, group.v, in->v_stride, group.S, d, {true, decay}, room);
 
-    for (int64_t i = 0; i < rows; ++i)
-        normalize<V>(o + i * d, in->norm_weight, in->eps, group.out + i / heads * in->heads * d + i % heads * d, d);
+    for (int64_t t = 0; t < n; ++t)
+        for (int64_t h = 0; h < heads; ++h, o += d)
+            normalize<V>(o, in->norm_weight, in->eps, group.out + (t * in->heads + h) * d, d);
 }
 
 template <class V>
@@ -212,14 +217,14 @@ void gla(const sbedge_gla_input* in, int64_t n, float* state, float* out, float*
     for (int64_t g = mine.begin; g < mine.end; ++g) {
         GlaGroup group{in->q + g * heads * d, in->k + g * d, in->v + g * d, in->gate + g * d,
                        state + g * d * d, out + g * heads * d, heads, d};
-        if (n == 1) {
-            gla_step<V>(in, group, at, scratch);
-            continue;
-        }
         for (int64_t t = 0; t < n;) {
-            const int64_t length =
-                chunk_decays<V>(in, group, least(GLA_CHUNK, n - t), scratch + at.gate, scratch + at.decay);
-            gla_chunk<V>(in, group, length, at, scratch);
+            int64_t length = n == 1 ? 0 : chunk_decays<V>(in, group, least(GLA_CHUNK, n - t), scratch + at.gate);
+            if (length > 1) {
+                gla_chunk<V>(in, group, length, at, scratch);
+            } else {    // the recurrence itself, right for any decay
+                gla_step<V>(in, group, at, scratch);
+                length = 1;
+            }
             t += length;
             group.q += length * in->q_stride, group.k += length * in->k_stride;
             group.v += length * in->v_stride, group.gate += length * in->gate_stride;

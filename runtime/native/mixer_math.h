@@ -61,16 +61,24 @@ inline typename V::reg log_sigmoid(typename V::reg x) {
     return V::sub(V::min(x, zero), p);
 }
 
+// What becomes of the values already in c: dropped, kept, or decayed by a factor for each row.
+struct Before {
+    bool keep;
+    const float* decay;     // [rows] or NULL
+};
+
 // c [R, count] (+)= a [R, K] b [K, count], R * N vectors in registers; `count` may be ragged where N is 1.
 template <class V, int R, int N>
 inline void multiply_tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                          int64_t count, bool accumulate) {
+                          int64_t count, Before before) {
     typename V::reg sum[R][N];
     for (int r = 0; r < R; ++r)
-        for (int j = 0; j < N; ++j)
-            sum[r][j] = !accumulate ? V::set(0.0f)
-                        : N == 1    ? V::load(c + r * ldc, count)
-                                    : V::load(c + r * ldc + j * V::width);
+        for (int j = 0; j < N; ++j) {
+            sum[r][j] = !before.keep ? V::set(0.0f)
+                        : N == 1     ? V::load(c + r * ldc, count)
+                                     : V::load(c + r * ldc + j * V::width);
+            if (before.decay) sum[r][j] = V::mul(sum[r][j], V::set(before.decay[r]));
+        }
     for (int64_t k = 0; k < K; ++k) {
         typename V::reg row[N];
         for (int j = 0; j < N; ++j)
@@ -103,11 +111,13 @@ inline void with_rows(int64_t rows, F f) {
 // All rows of one column panel.
 template <class V, int N>
 inline void multiply_panel(int64_t M, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                           int64_t ldc, int64_t count, bool accumulate) {
-    for (; M >= V::rows; M -= V::rows, a += V::rows * lda, c += V::rows * ldc)
-        multiply_tile<V, V::rows, N>(K, a, lda, b, ldb, c, ldc, count, accumulate);
+                           int64_t ldc, int64_t count, Before before) {
+    for (; M >= V::rows; M -= V::rows, a += V::rows * lda, c += V::rows * ldc) {
+        multiply_tile<V, V::rows, N>(K, a, lda, b, ldb, c, ldc, count, before);
+        if (before.decay) before.decay += V::rows;
+    }
     with_rows<V::rows - 1>(M, [&](auto rest) {
-        multiply_tile<V, decltype(rest)::value, N>(K, a, lda, b, ldb, c, ldc, count, accumulate);
+        multiply_tile<V, decltype(rest)::value, N>(K, a, lda, b, ldb, c, ldc, count, before);
     });
 }
 
@@ -117,7 +127,7 @@ constexpr int64_t PANEL = 32;   // columns of b that are packed together, at mos
 // are packed into `room` [K, PANEL] first: rows a power of two apart would evict each other from L1.
 template <class V>
 inline void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb,
-                     float* c, int64_t ldc, bool accumulate, float* room) {
+                     float* c, int64_t ldc, Before before, float* room) {
     constexpr int64_t panel = V::panel * V::width;
     static_assert(panel <= PANEL, "room for one panel");
     const bool pack = M >= 3 * V::rows && ldb > panel;
@@ -126,10 +136,10 @@ inline void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t ld
         if (pack)
             for (int64_t k = 0; k < K; ++k)
                 for (int64_t i = 0; i < panel; i += V::width) V::store(room + k * panel + i, V::load(b + k * ldb + j + i));
-        multiply_panel<V, V::panel>(M, K, a, lda, pack ? room : b + j, pack ? panel : ldb, c + j, ldc, panel, accumulate);
+        multiply_panel<V, V::panel>(M, K, a, lda, pack ? room : b + j, pack ? panel : ldb, c + j, ldc, panel, before);
     }
     for (; j < N; j += V::width)
-        multiply_panel<V, 1>(M, K, a, lda, b + j, ldb, c + j, ldc, least(V::width, N - j), accumulate);
+        multiply_panel<V, 1>(M, K, a, lda, b + j, ldb, c + j, ldc, least(V::width, N - j), before);
 }
 
 // Asks for a row ahead of its use; strided rows are nothing the hardware foresees.

@@ -140,12 +140,12 @@ struct Tile {
         } else {
             for (int64_t j = 0; j < count; ++j)
                 for (int64_t i = 0; i < d; ++i) transposed[i * KEY_BLOCK + j] = keys[j * key_stride + i];
-            multiply<V>(rows, count, d, q, d, transposed, KEY_BLOCK, scores, KEY_BLOCK, false, room);
+            multiply<V>(rows, count, d, q, d, transposed, KEY_BLOCK, scores, KEY_BLOCK, {false, nullptr}, room);
         }
         const bool all_visible = first > position + tokens - 1 - window && first + count - 1 <= position;
         if (!all_visible) hide(count, first);
         for (int64_t r = 0; r < rows; ++r) weigh(r, count);
-        multiply<V>(rows, d, count, scores, KEY_BLOCK, values, value_stride, o, d, true, room);
+        multiply<V>(rows, d, count, scores, KEY_BLOCK, values, value_stride, o, d, {true, nullptr}, room);
     }
 
     // A token sees positions (its own - window, its own].
