@@ -42,7 +42,8 @@ double sum(int64_t width, Value value) {
 template <class Value>
 float encode_row(int64_t width, float k, float dead_zone, int32_t* counts, Value value) {
     constexpr float LARGEST = 2147483520.0f;
-    const float mean = static_cast<float>(sum(width, [&](int64_t i) { return __builtin_fabs(double(value(i))); }) / width);
+    const double total = sum(width, [&](int64_t i) { return __builtin_fabs(double(value(i))); });
+    const float mean = static_cast<float>(total / width);
     float threshold = mean / k;
     threshold = threshold < 1e-5f ? 1e-5f : threshold;
     threshold = threshold > 1e4f ? 1e4f : threshold;
@@ -84,7 +85,21 @@ void norm_spike_encode(const float* x, const float* norm_weight, float eps, int6
 
 // Sums are taken modulo 2^32: exact while the true sum of a group fits int32, which any sum of |count| below 2^23 does.
 inline void add(int32_t& sum, int32_t count, int32_t code) {
-    sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(count) * static_cast<uint32_t>(code));
+    const uint32_t product = static_cast<uint32_t>(count) * static_cast<uint32_t>(code);
+    sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + product);
+}
+
+// y += scale * (sum - what the offset or zero point of the codes brought in)
+template <class Extra>
+inline void scale_sums(int64_t width, const int32_t* __restrict sums, const float* __restrict scales,
+                       float* __restrict y, Extra extra) {
+    const auto scale = [=](int64_t o) {
+        y[o] += static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[o]) - extra(o))) * scales[o];
+    };
+    if (width == TILE)  // a prefill tile: a count known to the compiler
+        for (int64_t o = 0; o < TILE; ++o) scale(o);
+    else
+        for (int64_t o = 0; o < width; ++o) scale(o);
 }
 
 struct Int8Layer {
@@ -119,12 +134,10 @@ struct Int8Layer {
         for (int64_t e = entries.begin; e < entries.end; ++e)
             add(sums[w.residual_output[e] - first_output], count, w.residual_value[e]);
     }
-    // y += scale * (sums less what the offset of the codes brought in)
     void scale(int64_t g, int32_t counts, Range outputs, int offset, const int32_t* sums, float* y) const {
-        const float* scales = w.scales + g * out + outputs.begin;
         const uint32_t extra = static_cast<uint32_t>(counts) * static_cast<uint32_t>(offset);
-        for (int64_t o = 0; o < outputs.end - outputs.begin; ++o)
-            y[o] += static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[o]) - extra)) * scales[o];
+        scale_sums(outputs.end - outputs.begin, sums, w.scales + g * out + outputs.begin, y,
+                   [=](int64_t) { return extra; });
     }
 };
 
@@ -150,17 +163,11 @@ struct Int4Layer {
     void add_residual(Range, int32_t, int64_t, int32_t*) const {}
     void scale(int64_t g, int32_t counts, Range outputs, int, const int32_t* sums, float* y) const {
         const int64_t start = g * out + outputs.begin, width = outputs.end - outputs.begin;
-        const float* scales = w.scales + start;
         const uint32_t total = static_cast<uint32_t>(counts);
-        if (w.zeros) {
-            const uint8_t* zeros = w.zeros + start;
-            for (int64_t o = 0; o < width; ++o)
-                y[o] += static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[o]) - total * zeros[o])) *
-                        scales[o];
-        } else {
-            for (int64_t o = 0; o < width; ++o)
-                y[o] += static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[o]) - total * 8)) * scales[o];
-        }
+        if (const uint8_t* zeros = w.zeros ? w.zeros + start : nullptr)
+            scale_sums(width, sums, w.scales + start, y, [=](int64_t o) { return total * zeros[o]; });
+        else
+            scale_sums(width, sums, w.scales + start, y, [=](int64_t) { return total * 8; });
     }
 };
 
@@ -190,7 +197,8 @@ struct Live {
     void collect(const int32_t* all_counts, int64_t first_row, int64_t in, int64_t group, int limit) {
         first = first_row;
         live = large = sum = 0;
-        const int64_t rows = in - first < group ? in - first : group;  // none past the end
+        if (first >= in) return;
+        const int64_t rows = in - first < group ? in - first : group;
         const int32_t* counts = all_counts + first;
         uint32_t total = 0;
         for (int32_t i = 0; i < rows; ++i) {

@@ -27,9 +27,10 @@ struct Neon {
     static V low(V v) { return vandq_s8(v, vdupq_n_s8(15)); }
     static V high(V v) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4)); }
 
+    static int16x8_t pairs(V v) { return vreinterpretq_s16_s8(v); }
     static void interleave(V* r) {
-        const int16x8_t a = vreinterpretq_s16_s8(vzip1q_s8(r[0], r[1])), b = vreinterpretq_s16_s8(vzip2q_s8(r[0], r[1]));
-        const int16x8_t c = vreinterpretq_s16_s8(vzip1q_s8(r[2], r[3])), d = vreinterpretq_s16_s8(vzip2q_s8(r[2], r[3]));
+        const int16x8_t a = pairs(vzip1q_s8(r[0], r[1])), b = pairs(vzip2q_s8(r[0], r[1]));
+        const int16x8_t c = pairs(vzip1q_s8(r[2], r[3])), d = pairs(vzip2q_s8(r[2], r[3]));
         r[0] = vreinterpretq_s8_s16(vzip1q_s16(a, c)), r[1] = vreinterpretq_s8_s16(vzip2q_s16(a, c));
         r[2] = vreinterpretq_s8_s16(vzip1q_s16(b, d)), r[3] = vreinterpretq_s8_s16(vzip2q_s16(b, d));
     }

@@ -10,7 +10,8 @@ struct Scalar {
     template <class Layer>
     static void rows(const Layer& layer, const Live& live, const Live&, Range outputs, int32_t* sums) {
         std::memset(sums, 0, (outputs.end - outputs.begin) * sizeof(int32_t));
-        for (int j = 0; j < live.live; ++j) layer.add_row(live.first + live.row[j], live.count[j], outputs, OFFSET, sums);
+        for (int j = 0; j < live.live; ++j)
+            layer.add_row(live.first + live.row[j], live.count[j], outputs, OFFSET, sums);
     }
 
     template <class Layer>
