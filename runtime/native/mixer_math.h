@@ -135,7 +135,8 @@ inline void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t ld
     for (; j + panel <= N; j += panel) {
         if (pack)
             for (int64_t k = 0; k < K; ++k)
-                for (int64_t i = 0; i < panel; i += V::width) V::store(room + k * panel + i, V::load(b + k * ldb + j + i));
+                for (int64_t i = 0; i < panel; i += V::width)
+                    V::store(room + k * panel + i, V::load(b + k * ldb + j + i));
         multiply_panel<V, V::panel>(M, K, a, lda, pack ? room : b + j, pack ? panel : ldb, c + j, ldc, panel, before);
     }
     for (; j < N; j += V::width)

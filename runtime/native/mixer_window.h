@@ -19,8 +19,8 @@ inline int64_t tile_tokens(int64_t group_heads, int64_t n) {
 }
 
 struct WindowScratch {
-    int64_t tile, q, o, maximum, total, scores, transposed, room, keys, values, own_keys, own_values, own_codes, own_scales;
-    int64_t floats;
+    int64_t tile, q, o, maximum, total, scores, transposed, room, keys, values;
+    int64_t own_keys, own_values, own_codes, own_scales, floats;
     WindowScratch(int64_t heads, int64_t groups, int64_t d, int64_t n) {
         tile = tile_tokens(heads / groups, n);
         const int64_t rows = heads / groups * tile;
@@ -138,14 +138,21 @@ struct Tile {
                 score_by_dots<V>(rows, q, keys + j * key_stride, key_stride, least(4, count - j), scores + j, d);
             }
         } else {
-            for (int64_t j = 0; j < count; ++j)
-                for (int64_t i = 0; i < d; ++i) transposed[i * KEY_BLOCK + j] = keys[j * key_stride + i];
+            for (int64_t j = 0; j < count; j += 4) transpose(keys, key_stride, j, count);
             multiply<V>(rows, count, d, q, d, transposed, KEY_BLOCK, scores, KEY_BLOCK, {false, nullptr}, room);
         }
         const bool all_visible = first > position + tokens - 1 - window && first + count - 1 <= position;
         if (!all_visible) hide(count, first);
         for (int64_t r = 0; r < rows; ++r) weigh(r, count);
         multiply<V>(rows, d, count, scores, KEY_BLOCK, values, value_stride, o, d, {true, nullptr}, room);
+    }
+
+    // Keys j..j+3 into columns j..j+3; beyond `count` the last one is repeated.
+    void transpose(const float* keys, int64_t stride, int64_t j, int64_t count) {
+        const float *a = keys + j * stride, *b = keys + least(j + 1, count - 1) * stride;
+        const float *c = keys + least(j + 2, count - 1) * stride, *e = keys + least(j + 3, count - 1) * stride;
+        float* out = transposed + j;
+        for (int64_t i = 0; i < d; ++i, out += KEY_BLOCK) out[0] = a[i], out[1] = b[i], out[2] = c[i], out[3] = e[i];
     }
 
     // A token sees positions (its own - window, its own].
