@@ -156,7 +156,7 @@ def w4_layer(rng, inputs, out, group=32, zeros=True, bias=False):
     scales = rng.random((inputs // group, out), np.float32) * np.float32(0.01)
     shift = rng.standard_normal(out).astype(np.float32) if bias else None
     struct = W4(inputs, out, group, pointer(packed), pointer(scales), pointer(zero), pointer(shift))
-    codes = nibbles.astype(np.int64) - (np.repeat(zero.astype(np.int64), group, axis=0) if zeros else 8)
+    codes = nibbles.astype(np.int64) - (np.repeat(zero.astype(np.int64), group, axis=0) if zero is not None else 8)
     return Layer(codes, scales, shift, struct, [packed, zero])
 
 
