@@ -68,6 +68,7 @@ class Graph:
         c, n = self.config, self.n
         keys = self.length if n == 1 else self.length + n
         shapes: dict[str, tuple[str, tuple[int, ...]]]
+        angles: tuple[int, ...]
         if self.native:
             angles = (n, c.head_dim // 2)
             shapes = {"position": ("I64", (1,)), "cos": ("F32", angles), "sin": ("F32", angles)}

@@ -48,10 +48,9 @@ def _matmul(library: NativeLibrary, rng: np.random.Generator, bits: int) -> np.n
     scales, thresholds = np.abs(_floats(rng, width // 128, out)), np.abs(_floats(rng, n))
     counts = (rng.integers(-3, 4, (n, width)) * (rng.random((n, width)) < 0.5)).astype(np.int32)
     counts[0, 7] = 3573     # real counts reach this
-    if bits == 8:
-        weight, matmul = W8(width, out, codes.ctypes.data, scales.ctypes.data), library.spike_matmul_w8
-    else:
-        weight, matmul = W4(width, out, 128, codes.ctypes.data, scales.ctypes.data), library.spike_matmul_w4
+    weight: c.Structure = (W8(width, out, codes.ctypes.data, scales.ctypes.data) if bits == 8 else
+                           W4(width, out, 128, codes.ctypes.data, scales.ctypes.data))
+    matmul = library.spike_matmul_w8 if bits == 8 else library.spike_matmul_w4
     y = np.empty((n + 1, out), np.float32)
     matmul(c.addressof(weight), counts.ctypes.data, thresholds.ctypes.data, n, y.ctypes.data, out, 0, 1)
     matmul(c.addressof(weight), counts.ctypes.data, thresholds.ctypes.data, 1, y[n:].ctypes.data, out, 0, 1)
