@@ -16,7 +16,7 @@ from sbedge.config import WEIGHT_GROUP, ModelConfig
 from sbedge.errors import ModelFileError
 from sbedge.gguf_format import TYPES, expected_gguf_tensors
 from sbedge.gguf_reader import GgufFile
-from sbedge.quant.event_layout import join_codes
+from sbedge.quant.event_layout import join_codes, residual_rows
 from sbedge.quant.ggml_library import InitParams, load_ggml
 from sbedge.quant.int8_groups import dequantize_int8_groups
 
@@ -84,7 +84,7 @@ class GgmlWeights:
                        for name in ("codes", "scales", "bias") if f"{stem}.{name}" in file.tensors}
             linear = W8(width, out, address["codes"], address["scales"], address.get("bias"))
             if f"{stem}.residual_index" in file.tensors:
-                start, output = residual_rows(file.array(f"{stem}.residual_index"), width, out)
+                start, output = residual_rows(file.array(f"{stem}.residual_index"), info.shape)
                 self._memory += [start, output]
                 linear.residual_start, linear.residual_output = start.ctypes.data, output.ctypes.data
                 linear.residual_value = file.array(f"{stem}.residual_value").ctypes.data
@@ -187,12 +187,6 @@ def _check_event_layout(file: GgufFile, name: str, shape: tuple[int, ...]) -> se
         if index.min() < 0 or index.max() >= width * out or (np.diff(index) <= 0).any():
             raise ModelFileError(f"{file.path}: tensor {stem}residual_index is not ascending within its weight")
     return set(wanted)
-
-
-def residual_rows(index: np.ndarray, width: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending indices into [in, out] -> first entry of each input channel [in + 1] and output of each entry."""
-    start = np.searchsorted(index, np.arange(width + 1, dtype=np.int64) * out).astype(np.int32)
-    return start, (index % out).astype(np.int32)
 
 
 def decode_event_layout(file: GgufFile, name: str) -> np.ndarray:

@@ -82,8 +82,7 @@ SBEDGE_API int64_t sbedge_spike_matmul_w4(const sbedge_w4* w, const int32_t* cou
 /* Gated linear attention over n tokens, G states (not H): S = exp(g) * S + k v^T ; o = (q * d^-0.5) S.
  * q [n, H, d], k v gate [n, G, d] with the given strides between tokens (floats); relu on q and k and
  * g = logsigmoid(gate) / 16 are applied here. state [G, d, d] is updated in place. out [n, H * d], each head
- * rms-normalized and times norm_weight [d] (eps). Groups are shared out over threads for small n, (group, column block)
- * pairs beyond. `scratch` has sbedge_gla_scratch(...) floats for each thread. */
+ * rms-normalized and times norm_weight [d] (eps). Groups are shared out over threads. `scratch` has sbedge_gla_scratch(...) floats for each thread. */
 typedef struct {
     int64_t heads, groups, d;
     const float *q, *k, *v, *gate;
