@@ -84,7 +84,7 @@ class GgmlWeights:
                        for name in ("codes", "scales", "bias") if f"{stem}.{name}" in file.tensors}
             linear = W8(width, out, address["codes"], address["scales"], address.get("bias"))
             if f"{stem}.residual_index" in file.tensors:
-                start, output = residual_rows(file.array(f"{stem}.residual_index"), info.shape)
+                start, output = residual_rows(file.array(f"{stem}.residual_index"), (width, out))
                 self._memory += [start, output]
                 linear.residual_start, linear.residual_output = start.ctypes.data, output.ctypes.data
                 linear.residual_value = file.array(f"{stem}.residual_value").ctypes.data
