@@ -11,14 +11,12 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,10 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize
 
+from sbedge.apps.files import new_folder
 from sbedge.checkpoint import expected_tensors
 from sbedge.config import ModelConfig
-from sbedge.errors import ExportError, ModelFileError, SbedgeError
+from sbedge.errors import ModelFileError, SbedgeError
 from sbedge.runtime.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -302,26 +301,6 @@ def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> b
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # keeps the data aligned for memory mapping
     return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well, else disappears.
-
-    Raises ExportError if `path` exists or the disk refuses a write.
-    """
-    if path.exists() or path.is_symlink():
-        raise ExportError(f"{path}: exists already; choose another name or remove it first")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(path)
-    except OSError as error:
-        raise ExportError(f"{path}: cannot write the checkpoint ({error.strerror or error}); "
-                          "free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_demo_checkpoint(gguf_path: Path, out_dir: Path, *, progress: Progress | None = None) -> None:

@@ -2,12 +2,33 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sbedge.errors import ExportError
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well, else disappears.
+
+    Raises ExportError if `path` exists or the disk refuses a write.
+    """
+    if path.exists() or path.is_symlink():
+        raise ExportError(f"{path}: exists already; choose another name or remove it first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot write the checkpoint ({error.strerror or error}); "
+                          "free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from sbedge.apps.demo_model import new_folder, safetensors_header
+from sbedge.apps.demo_model import safetensors_header
+from sbedge.apps.files import new_folder
 from sbedge.checkpoint import expected_tensors
 from sbedge.config import WEIGHT_GROUP, ModelConfig
 from sbedge.errors import InputError

@@ -54,6 +54,7 @@ class GgmlEngine:
         self._file = read_gguf(self.path)
         self.metadata = self._file.metadata
         self.config: ModelConfig = config_from_metadata(self.metadata, str(self.path))
+        self._layout = state_layout(self.config)
         self._weights = GgmlWeights(self._file, self.config)
         self.traffic = Traffic()
         self.threads = threads or default_threads()
@@ -68,7 +69,7 @@ class GgmlEngine:
     def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: Logits = "last") -> np.ndarray | None:
         """Advance `state` in place; see `Engine.forward`."""
         ids = checked_ids(ids, self.config)
-        if state.layout != state_layout(self.config):
+        if state.layout != self._layout:
             raise StateError("the state belongs to a model of other sizes")
         rows: list[np.ndarray] = []
         for start, stop in self._chunks(len(ids), logits):
@@ -138,13 +139,14 @@ class _Bound:
         self.address, self.position = state.block.ctypes.data, state.position
         self.memory = dict(state.arrays)
         self.blocks = [state.block]
-        if self.config.int8_window and not self.weights.native:
+        self.mirrored = self.config.int8_window and not self.weights.native
+        if self.mirrored:
             self._mirror(state)
         self.decode: Graph | None = None
         self.prefill: Graph | None = None
 
     def is_current(self, state: State) -> bool:
-        return self.address == state.block.ctypes.data and self.position == state.position
+        return self.address == state.block.ctypes.data and (not self.mirrored or self.position == state.position)
 
     def graph(self, n: int, position: int, n_logits: int) -> Graph:
         if self.prefill:
@@ -176,9 +178,9 @@ class _Bound:
 
     def _mirror(self, state: State) -> None:
         names = [name for name, a in state.arrays.items() if a.dtype == np.int8]
-        shape = state.arrays[names[0]].shape if names else ()
         if not names:
             return
+        shape = state.arrays[names[0]].shape
         size = 4 * int(np.prod(shape))
         padded = -(-size // 64) * 64
         block = aligned_empty(padded * len(names))

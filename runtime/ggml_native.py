@@ -122,12 +122,10 @@ class NativeForward(Forward):
         scratch = self.library.gla_scratch(H, G, d, n) * self.threads
         op = GlaOp(n=n, state=self.arrays[f"{i}.recurrent_state"].ctypes.data)
         op.input.heads, op.input.groups, op.input.d, op.input.eps = H, G, d, c.norm_eps
-        op.input.q_stride = op.input.k_stride = op.input.v_stride = self.width(projected)
         op.input.gate_stride = self.width(gate)
         norm = self.weights[f"blk.{i}.attn_g_norm.weight"]
         out = self.node("gla", op, [projected, gate, norm], "F32", n * H * d + scratch)
-        for name, first in (("q", 0), ("k", H), ("v", H + G)):
-            self.at(op.input, name, projected, first * d * F4)
+        self._read_qkv(op.input, projected)
         self.at(op.input, "gate", gate)
         self.at(op.input, "norm_weight", norm)
         return self._mixed(op, out, H * d)
@@ -138,18 +136,24 @@ class NativeForward(Forward):
         scratch = self.library.window_scratch(H, G, d, W, n) * self.threads
         op = WindowOp(n=n, position=self.position.ctypes.data)
         op.input.heads, op.input.query_k = H, QUERY_SPIKE_K if c.int8_window else 0
-        op.input.q_stride = op.input.k_stride = op.input.v_stride = self.width(projected)
         op.ring.window, op.ring.groups, op.ring.d = W, G, d
         for name in ("keys", "values", "key_scales", "value_scales"):
             array = self.arrays.get(f"{i}.{name}")
             setattr(op.ring, name, None if array is None else array.ctypes.data)
         cos, sin = self.leaf["cos"], self.leaf["sin"]
         out = self.node("window", op, [projected, cos, sin], "F32", n * H * d + scratch)
-        for name, first in (("q", 0), ("k", H), ("v", H + G)):
-            self.at(op.input, name, projected, first * d * F4)
+        self._read_qkv(op.input, projected)
         self.at(op.input, "cos", cos)
         self.at(op.input, "sin", sin)
         return self._mixed(op, out, H * d)
+
+    def _read_qkv(self, given: Any, projected: int) -> None:
+        """q, k and v lie side by side in the rows of `projected`."""
+        c = self.config
+        H, G = c.num_attention_heads, c.num_key_value_heads
+        given.q_stride = given.k_stride = given.v_stride = self.width(projected)
+        for name, first in (("q", 0), ("k", H), ("v", H + G)):
+            self.at(given, name, projected, first * c.head_dim * F4)
 
     def _mixed(self, op: Any, memory: int, width: int) -> int:
         self.at(op, "out", memory)

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from sbedge.checkpoint import MAX_LAYERS
 from sbedge.config import ModelConfig
 from sbedge.errors import CheckpointError, ModelFileError
+from sbedge.onnx_format import io_names
 from sbedge.state import state_layout
 
 DOMAIN, VERSION = "ai.sbedge", 1
@@ -88,15 +89,6 @@ def read(path: Path, limit: int) -> bytes:
 
 
 # --- the interface -------------------------------------------------------------------------------
-def io_names(name: str) -> tuple[str, str]:
-    """Names of the graph's input and output for a state array, after onnxruntime-genai."""
-    layer, part = name.split(".")
-    if part == "recurrent_state":
-        return f"past.{layer}.recurrent", f"present.{layer}.recurrent"
-    part = part.removesuffix("s")
-    return f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
-
-
 def check_interface(model: onnx.ModelProto, config: ModelConfig, path: Path) -> None:
     """Inputs and outputs are those of `config`: names, types and sizes (0 stands for any)."""
     inputs: dict[str, tuple] = {"input_ids": (TensorProto.INT64, 1, 0), "position_ids": (TensorProto.INT64, 1, 0),

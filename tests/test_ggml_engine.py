@@ -47,17 +47,6 @@ def test_published_logits_and_greedy_tokens_are_matched(folder, tmp_path):
     assert greedy == golden["greedy_ids"].tolist()
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 1), (7, 1), (14, 2), (8, 1)])
-def test_every_group_size_follows_the_reference(heads, groups, tmp_path):
-    folder = write_tiny_checkpoint(tmp_path / "c", num_attention_heads=heads, num_key_value_heads=groups,
-                                   hidden_size=heads * 6, intermediate_size=37, vocab_size=101, sliding_window=11)
-    engine, reference = export(folder, tmp_path / "m.gguf"), Reference(folder)
-    ids = ids_of(engine.config, 40)
-    expected, _ = run(reference, ids)
-    assert_close(expected, run(engine, ids)[0], F32)
-    assert_close(expected, run(engine, ids, [1] * 40)[0], F32)
-
-
 @pytest.mark.parametrize("overrides", [
     {"attn_layers": []}, {"attn_layers": [0, 1, 2, 3]}, {"attn_layers": [0, 3]}, {"tie_word_embeddings": True},
     {"num_hidden_layers": 1}, {"sliding_window": 1}, {"sliding_window": 300}])

@@ -93,8 +93,10 @@ def test_tokenizer_files_come_along(tmp_path):
 
 
 def test_writer_and_reader_agree_on_names_and_versions():
-    for name in ("3.recurrent_state", "12.keys", "12.value_scales"):
-        assert graph.io_names(name) == onnx_folder.io_names(name)
+    assert graph.io_names is onnx_folder.io_names
+    assert graph.io_names("3.recurrent_state") == ("past.3.recurrent", "present.3.recurrent")
+    assert graph.io_names("12.keys") == ("past_key_values.12.key", "present.12.key")
+    assert graph.io_names("12.value_scales") == ("past_key_values.12.value_scale", "present.12.value_scale")
     assert (ops.DOMAIN, ops.VERSION) == (onnx_folder.DOMAIN, onnx_folder.VERSION)
 
 

@@ -129,20 +129,30 @@ def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
     out, width = checkpoint.shapes[name]
     groups = -(-width // WEIGHT_GROUP)
     stem = gguf_name(name).removesuffix("weight")
+    names = ("codes", "residual_index", "residual_value", "scales")
+    made: dict[str, np.ndarray] = {}
 
-    def part(suffix: str, shape: tuple[int, ...], kind: str, make: Callable[[], np.ndarray]) -> Tensor:
-        return Tensor(stem + suffix, shape, kind, lambda: iter([lambda: np.ascontiguousarray(make()).view(np.uint8)]))
+    def make(suffix: str) -> np.ndarray:
+        # All parts are made when the first is written, and each is let go with its turn: one layer in memory.
+        if not made:
+            codes, scales = weight_codes(checkpoint, name)
+            made.update(zip(names, (*split_codes(codes), scales.T), strict=True))
+        array = np.ascontiguousarray(made.pop(suffix)).view(np.uint8)
+        if suffix == written[-1]:
+            made.clear()
+        return array
 
-    def split(index: int) -> np.ndarray:
-        # Each part reads the checkpoint again when its turn comes: no layer is held from plan to write.
-        return split_codes(weight_codes(checkpoint, name)[0])[index]
+    def part(suffix: str, shape: tuple[int, ...], kind: str) -> Tensor:
+        return Tensor(stem + suffix, shape, kind, lambda: iter([partial(make, suffix)]))
 
-    parts = [part("codes", (width, out), "I8", partial(split, 0)),
-             part("scales", (groups, out), "F32", lambda: weight_codes(checkpoint, name)[1].T)]
-    residual = len(split(1)) if checkpoint.is_w8aspike else 0
+    parts = [part("codes", (width, out), "I8"), part("scales", (groups, out), "F32")]
+    residual = 0
+    if checkpoint.is_w8aspike:
+        published = weight_codes(checkpoint, name)[0]
+        residual = int(np.count_nonzero((published < -128) | (published > 127)))
     if residual:
-        parts += [part("residual_index", (residual,), "I32", partial(split, 1)),
-                  part("residual_value", (residual,), "I32", partial(split, 2))]
+        parts += [part("residual_index", (residual,), "I32"), part("residual_value", (residual,), "I32")]
+    written = [tensor.name.removeprefix(stem) for tensor in parts]
     return parts
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from sbedge import __version__
+from sbedge.onnx_format import io_names
 from sbedge.reference import QUERY_SPIKE_K
 from sbedge.state import state_layout
 
@@ -91,15 +92,6 @@ class Graph(Layers):
         used = {node.op_type for node in self.nodes if node.domain == ops.DOMAIN}
         return helper.make_model(graph, functions=ops.functions(used), opset_imports=opsets, ir_version=ops.IR_VERSION,
                                  producer_name="sbedge", producer_version=__version__)
-
-
-def io_names(name: str) -> tuple[str, str]:
-    """Names of the graph's input and output for a state array, after onnxruntime-genai."""
-    layer, part = name.split(".")
-    if part == "recurrent_state":
-        return f"past.{layer}.recurrent", f"present.{layer}.recurrent"
-    part = part.removesuffix("s")
-    return f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
 
 
 def value(name: str, kind: int, shape: tuple) -> ValueInfoProto:
