@@ -15,6 +15,7 @@ import numpy as np
 from sbedge.gguf_format import TYPES
 from sbedge.reference import QUERY_SPIKE_K
 
+from .ggml_events import EventLinear
 from .ggml_model import F4, Forward
 from .native.ggml_ops import EncodeOp, GlaOp, LinearsOp, WindowOp
 from .native.library import NativeLibrary
@@ -27,15 +28,6 @@ class Spikes(NamedTuple):
 
     tensor: int
     width: int
-
-
-class EventLinear(NamedTuple):
-    """A linear in event layout: the kernel's structure, its bits, its outputs and the bytes of its weights."""
-
-    struct: ctypes.Structure
-    bits: int
-    out: int
-    nbytes: int
 
 
 @dataclass

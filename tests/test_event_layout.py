@@ -9,11 +9,13 @@ from hypothesis.extra.numpy import arrays
 
 from sbedge.quant.event_layout import (
     dequantize_w4,
+    from_stripes,
     join_codes,
     pack_nibbles,
     quantize_w4,
     residual_rows,
     split_codes,
+    to_stripes,
     unpack_nibbles,
 )
 
@@ -46,6 +48,13 @@ def test_residual_rows_name_the_same_entries(codes):
         assert (np.diff(output[entries]) > 0).all()
         joined[i, output[entries]] += value[entries]
     np.testing.assert_array_equal(joined.T, codes)
+
+
+@given(CODES, st.integers(1, 50))
+def test_stripes_come_back_and_each_is_one_piece(codes, stripe):
+    flat = to_stripes(codes, stripe)
+    np.testing.assert_array_equal(from_stripes(flat, codes.shape, stripe), codes)
+    np.testing.assert_array_equal(flat[:codes[:, :stripe].size], codes[:, :stripe].ravel())
 
 
 def test_nibbles_come_back_and_lie_where_the_kernels_look():

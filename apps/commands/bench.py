@@ -204,7 +204,7 @@ def weight_bytes(contents: Contents, *, native: bool) -> int:
 
 
 def has_events(contents: Contents) -> bool:
-    return any(tensor.name.endswith(".codes") for tensor in contents.tensors)
+    return any(tensor.name.endswith((".codes", ".nibbles")) for tensor in contents.tensors)
 
 
 # --- random weights ----------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ bool always() { return true; }
 
 #if defined(__x86_64__) || defined(_M_X64)
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 bool has_avx512vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -31,6 +32,7 @@ bool has_avx512vnni() {
 }
 #else
 bool has_avx2() { return false; }
+bool has_avxvnni() { return false; }
 bool has_avx512vnni() { return false; }
 #endif
 
@@ -42,10 +44,11 @@ bool has_neon() { return true; }
 bool has_neon() { return false; }
 #endif
 
-// Best first. Each may lack a table of its own for one family of kernels; scalar has them all.
+// Best first.
 const Isa* isas(int* count) {
     static const Isa all[] = {
         {"avx512vnni", spike_avx512vnni, mixer_avx512vnni, has_avx512vnni},
+        {"avxvnni", spike_avxvnni, mixer_avx2, has_avxvnni},
         {"avx2", spike_avx2, mixer_avx2, has_avx2},
         {"neon", spike_neon, mixer_neon, has_neon},
         {"scalar", spike_scalar, mixer_scalar, always},

@@ -14,7 +14,7 @@ from typing import Any
 
 from .self_check import failing_kernel
 
-ABI = 1
+ABI = 2
 NAMES = ("libsbedge.so", "libsbedge.dylib", "sbedge.dll")
 HERE = Path(__file__).parent
 FOLDERS = (HERE, HERE.parents[1] / "build")
@@ -25,15 +25,15 @@ _P, _INT, _I64, _F32 = c.c_void_p, c.c_int, c.c_int64, c.c_float
 class W8(c.Structure):
     """sbedge_w8: a linear layer in int8 codes, input-channel-major."""
 
-    _fields_ = (("in", _I64), ("out", _I64), ("codes", _P), ("scales", _P), ("bias", _P),
+    _fields_ = (("in", _I64), ("out", _I64), ("stripe", _I64), ("codes", _P), ("scales", _P), ("bias", _P),
                 ("residual_start", _P), ("residual_output", _P), ("residual_value", _P))
 
 
 class W4(c.Structure):
     """sbedge_w4: a linear layer in 4 bits, input-channel-major."""
 
-    _fields_ = (("in", _I64), ("out", _I64), ("group", _I64), ("nibbles", _P), ("scales", _P), ("zeros", _P),
-                ("bias", _P))
+    _fields_ = (("in", _I64), ("out", _I64), ("stripe", _I64), ("group", _I64), ("nibbles", _P), ("scales", _P),
+                ("zeros", _P), ("bias", _P))
 
 
 class GlaInput(c.Structure):

@@ -22,12 +22,12 @@
 extern "C" {
 #endif
 
-#define SBEDGE_ABI 1
+#define SBEDGE_ABI 2
 #define SBEDGE_GROUP 128 /* input channels that share a weight scale */
 
 SBEDGE_API int sbedge_abi(void);
 
-/* Instruction sets: "scalar", "avx2", "avx512vnni", "neon". The best one is chosen at load; SBEDGE_ISA forces one. */
+/* Instruction sets: "scalar", "avx2", "avxvnni", "avx512vnni", "neon". The best one is chosen at load; SBEDGE_ISA forces one. */
 SBEDGE_API const char* sbedge_isa(void);
 /* 0, or -1 if this machine or this build does not have it. Not thread-safe: for tests and start-up. */
 SBEDGE_API int sbedge_set_isa(const char* name);
@@ -45,11 +45,14 @@ SBEDGE_API void sbedge_norm_spike_encode(const float* x, const float* norm_weigh
                                          float k, float dead_zone, float* normed, int32_t* counts, float* thresholds,
                                          int ith, int nth);
 
-/* One linear layer, input-channel-major: a silent channel is a row that is never fetched.
- * weight[i, o] = (codes[i, o] + residual) * scales[i / 128, o]; the last group of inputs may be shorter. */
+/* Linear layers are stored input-channel-major: a silent channel is a row that is never fetched. Outputs may be cut
+ * into stripes of `stripe` outputs (a multiple of 64; 0: one stripe of all), the last one narrower; each stripe is
+ * an [in, width] array of its own and they follow one another. A thread's share is then one piece of memory. */
+
+/* weight[i, o] = (codes[i, o] + residual) * scales[i / 128, o]; the last group of inputs may be shorter. */
 typedef struct {
-    int64_t in, out;
-    const int8_t* codes;            /* [in, out] */
+    int64_t in, out, stripe;
+    const int8_t* codes;            /* [in, out] in stripes */
     const float* scales;            /* [ceil(in / 128), out] */
     const float* bias;              /* [out] or NULL */
     const int32_t* residual_start;  /* [in + 1] first entry of each channel, or NULL if there is no residual */
@@ -57,13 +60,13 @@ typedef struct {
     const int32_t* residual_value;  /* [m] what the int8 code lacks */
 } sbedge_w8;
 
-/* One linear layer in 4 bits. Nibbles are unsigned, 0..15. A row of `out` outputs takes out / 2 bytes: in each block of
+/* The same in 4 bits. Nibbles are unsigned, 0..15. A row of `out` outputs takes out / 2 bytes: in each block of
  * 64 outputs, byte b holds output b in its low and output b + 32 in its high nibble; `out` is a multiple of 64.
  * weight[i, o] = (nibble - zeros[i / group, o]) * scales[i / group, o]; group is 32 or 128 and divides `in`. */
 typedef struct {
-    int64_t in, out, group;
-    const uint8_t* nibbles; /* [in, out / 2] */
-    const float* scales;    /* [in / group, out] */
+    int64_t in, out, stripe, group;
+    const uint8_t* nibbles; /* [in, out / 2] in stripes */
+    const uint16_t* scales; /* [in / group, out] float16 */
     const uint8_t* zeros;   /* [in / group, out], or NULL: 8 everywhere */
     const float* bias;      /* [out] or NULL */
 } sbedge_w4;

@@ -46,10 +46,11 @@ def _matmul(library: NativeLibrary, rng: np.random.Generator, bits: int) -> np.n
     width, out, n = 256, 192, 5
     codes = rng.integers(-128, 128, (width, out if bits == 8 else out // 2), np.int8)
     scales, thresholds = np.abs(_floats(rng, width // 128, out)), np.abs(_floats(rng, n))
+    scales = scales.astype(np.float32 if bits == 8 else np.float16)
     counts = (rng.integers(-3, 4, (n, width)) * (rng.random((n, width)) < 0.5)).astype(np.int32)
     counts[0, 7] = 3573     # real counts reach this
-    weight: c.Structure = (W8(width, out, codes.ctypes.data, scales.ctypes.data) if bits == 8 else
-                           W4(width, out, 128, codes.ctypes.data, scales.ctypes.data))
+    weight: c.Structure = (W8(width, out, 64, codes.ctypes.data, scales.ctypes.data) if bits == 8 else
+                           W4(width, out, 64, 128, codes.ctypes.data, scales.ctypes.data))
     matmul = library.spike_matmul_w8 if bits == 8 else library.spike_matmul_w4
     y = np.empty((n + 1, out), np.float32)
     matmul(c.addressof(weight), counts.ctypes.data, thresholds.ctypes.data, n, y.ctypes.data, out, 0, 1)

@@ -1,6 +1,7 @@
 // Spike coding and event-driven matmul, shared by every instruction set. A Backend gives the inner loops:
 //   LIMIT     the largest |count| its fast path takes; larger ones are added one row at a time, in int32
 //   OFFSET    what it adds to an int8 code (128 where the dot product wants unsigned bytes), taken off again at scaling
+//   widen     64 float16 -> float32
 //   TOKENS    tokens its tile product takes at once
 //   rows(layer, live, upcoming, outputs, sums)                decode: sums[o] = sum of count * code over live rows
 //   pack(layer, first, rows, live, outputs, tile)             prefill: a tile [live / 4][64 outputs][4 rows] of codes
@@ -102,20 +103,47 @@ inline void scale_sums(int64_t width, const int32_t* __restrict sums, const floa
         for (int64_t o = 0; o < width; ++o) scale(o);
 }
 
-struct Int8Layer {
-    const sbedge_w8& w;
-    int64_t in, out, group;
-    explicit Int8Layer(const sbedge_w8& w) : w(w), in(w.in), out(w.out), group(GROUP) {}
+// Where one output of each row lies: row i is `stride` bytes after row i - 1.
+struct Rows {
+    const uint8_t* first;
+    int64_t stride;
+    const uint8_t* operator[](int64_t i) const { return first + i * stride; }
+};
 
+// What both layouts share: stripes of outputs (see sbedge.h).
+struct Striped {
+    int64_t in, out, stripe;
+    Striped(int64_t in, int64_t out, int64_t stripe) : in(in), out(out), stripe(stripe > 0 ? stripe : out) {}
+
+    // The outputs from `begin` on that lie in one stripe, `most` at the most.
+    Range piece(int64_t begin, int64_t end, int64_t most) const {
+        const int64_t edge = begin / stripe * stripe + stripe;
+        end = end < edge ? end : edge;
+        return {begin, end < begin + most ? end : begin + most};
+    }
+    // Row 0 at `output`, and how far it is to the next row: both in outputs.
+    Range place(int64_t output) const {
+        const int64_t start = output / stripe * stripe, width = stripe < out - start ? stripe : out - start;
+        return {start * in + (output - start), width};
+    }
+};
+
+struct Int8Layer : Striped {
+    const sbedge_w8& w;
+    static constexpr int64_t group = GROUP;
+    explicit Int8Layer(const sbedge_w8& w) : Striped(w.in, w.out, w.stripe), w(w) {}
+
+    static constexpr int64_t SCALE_BYTES = 4;
     static constexpr int64_t bytes(int64_t outputs) { return outputs; }
-    const float* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
-    const uint8_t* row(int64_t i, int64_t output) const {
-        return reinterpret_cast<const uint8_t*>(w.codes) + i * out + output;
+    const void* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
+    Rows rows(int64_t output) const {
+        const auto [first, stride] = place(output);
+        return {reinterpret_cast<const uint8_t*>(w.codes) + first, stride};
     }
     // One row of any count, exactly.
-    void add_row(int64_t i, int32_t count, Range outputs, int offset, int32_t* sums) const {
-        const int8_t* codes = w.codes + i * out;
-        for (int64_t o = outputs.begin; o < outputs.end; ++o) add(sums[o - outputs.begin], count, codes[o] + offset);
+    static void add_row(const uint8_t* row, int32_t count, int64_t width, int offset, int32_t* sums) {
+        const int8_t* codes = reinterpret_cast<const int8_t*>(row);
+        for (int64_t o = 0; o < width; ++o) add(sums[o], count, codes[o] + offset);
     }
     bool has_residual() const { return w.residual_start; }
     // The entries of row i among these outputs.
@@ -134,40 +162,49 @@ struct Int8Layer {
         for (int64_t e = entries.begin; e < entries.end; ++e)
             add(sums[w.residual_output[e] - first_output], count, w.residual_value[e]);
     }
-    void scale(int64_t g, int32_t counts, Range outputs, int offset, const int32_t* sums, float* y) const {
-        const uint32_t extra = static_cast<uint32_t>(counts) * static_cast<uint32_t>(offset);
+    template <class Backend>
+    void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, float* y) const {
+        const uint32_t extra = static_cast<uint32_t>(counts) * static_cast<uint32_t>(Backend::OFFSET);
         scale_sums(outputs.end - outputs.begin, sums, w.scales + g * out + outputs.begin, y,
                    [=](int64_t) { return extra; });
     }
 };
 
-struct Int4Layer {
+struct Int4Layer : Striped {
     const sbedge_w4& w;
-    int64_t in, out, group;
-    explicit Int4Layer(const sbedge_w4& w) : w(w), in(w.in), out(w.out), group(w.group) {}
+    int64_t group;
+    explicit Int4Layer(const sbedge_w4& w) : Striped(w.in, w.out, w.stripe), w(w), group(w.group) {}
 
+    static constexpr int64_t SCALE_BYTES = 2;
     static constexpr int64_t bytes(int64_t outputs) { return outputs / 2; }
-    const float* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
-    const uint8_t* row(int64_t i, int64_t output) const { return w.nibbles + (i * out + output) / 2; }
-    void add_row(int64_t i, int32_t count, Range outputs, int, int32_t* sums) const {
-        for (int64_t o = outputs.begin; o < outputs.end; o += 64, sums += 64) {
-            const uint8_t* block = row(i, o);
+    const void* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
+    Rows rows(int64_t output) const {
+        const auto [first, stride] = place(output);
+        return {w.nibbles + first / 2, stride / 2};
+    }
+    static void add_row(const uint8_t* row, int32_t count, int64_t width, int, int32_t* sums) {
+        for (int64_t o = 0; o < width; o += 64, sums += 64, row += 32) {
             for (int b = 0; b < 32; ++b) {
-                add(sums[b], count, block[b] & 15);
-                add(sums[b + 32], count, block[b] >> 4);
+                add(sums[b], count, row[b] & 15);
+                add(sums[b + 32], count, row[b] >> 4);
             }
         }
     }
     bool has_residual() const { return false; }
     Range residual(int64_t, Range) const { return {0, 0}; }
     void add_residual(Range, int32_t, int64_t, int32_t*) const {}
-    void scale(int64_t g, int32_t counts, Range outputs, int, const int32_t* sums, float* y) const {
-        const int64_t start = g * out + outputs.begin, width = outputs.end - outputs.begin;
+    template <class Backend>
+    void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, float* y) const {
         const uint32_t total = static_cast<uint32_t>(counts);
-        if (const uint8_t* zeros = w.zeros ? w.zeros + start : nullptr)
-            scale_sums(width, sums, w.scales + start, y, [=](int64_t o) { return total * zeros[o]; });
-        else
-            scale_sums(width, sums, w.scales + start, y, [=](int64_t) { return total * 8; });
+        for (int64_t begin = outputs.begin; begin < outputs.end; begin += TILE, sums += TILE, y += TILE) {
+            const int64_t start = g * out + begin;
+            alignas(64) float scales[TILE];
+            Backend::widen(w.scales + start, scales);
+            if (const uint8_t* zeros = w.zeros ? w.zeros + start : nullptr)
+                scale_sums(TILE, sums, scales, y, [=](int64_t o) { return total * zeros[o]; });
+            else
+                scale_sums(TILE, sums, scales, y, [=](int64_t) { return total * 8; });
+        }
     }
 };
 
@@ -217,8 +254,10 @@ struct Live {
 // Rows that the fast path leaves out, and residuals.
 template <class Backend, class Layer>
 void add_exactly(const Layer& layer, const Live& live, Range outputs, int32_t* sums) {
+    const Rows rows = layer.rows(outputs.begin);
     for (int j = 0; j < live.large; ++j)
-        layer.add_row(live.first + live.large_row[j], live.large_count[j], outputs, Backend::OFFSET, sums);
+        layer.add_row(rows[live.first + live.large_row[j]], live.large_count[j], outputs.end - outputs.begin,
+                      Backend::OFFSET, sums);
     if (!layer.has_residual()) return;
     for (int j = 0; j < live.live; ++j)
         layer.add_residual(layer.residual(live.first + live.row[j], outputs), live.count[j], outputs.begin, sums);
@@ -232,9 +271,9 @@ int64_t decode(const Layer& layer, const int32_t* counts, float threshold, const
     alignas(64) int32_t sums[DECODE_TILE];
     Live buffers[2];  // this group and the next, whose first rows are prefetched while this one ends
     int64_t fetched = 0;
-    for (int64_t begin = range.begin; begin < range.end; begin += DECODE_TILE) {
-        const Range outputs{begin, begin + DECODE_TILE < range.end ? begin + DECODE_TILE : range.end};
-        const int64_t width = outputs.end - outputs.begin;
+    for (Range outputs{range.begin, range.begin}; outputs.end < range.end;) {
+        outputs = layer.piece(outputs.end, range.end, DECODE_TILE);
+        const int64_t begin = outputs.begin, width = outputs.end - begin;
         std::memset(y + begin, 0, width * sizeof(float));
         buffers[0].collect(counts, 0, layer.in, layer.group, Backend::LIMIT);
         for (int64_t g = 0; g * layer.group < layer.in; ++g) {
@@ -245,7 +284,7 @@ int64_t decode(const Layer& layer, const int32_t* counts, float threshold, const
             fetched += (live.live + live.large) * Layer::bytes(width);
             Backend::rows(layer, live, upcoming, outputs, sums);
             add_exactly<Backend>(layer, live, outputs, sums);
-            layer.scale(g, live.sum, outputs, Backend::OFFSET, sums, y + begin);
+            layer.template scale<Backend>(g, live.sum, outputs, sums, y + begin);
         }
         finish(outputs, threshold, bias, y);
     }
@@ -329,18 +368,21 @@ struct TileProduct {
         for (int m = 0; m < Backend::TOKENS && t + m < tokens; ++m) {
             if (!block.any[t + m]) continue;
             add_exactly(t + m, g * layer.group, outputs, sums[m]);
-            layer.scale(g, block.sum[t + m], outputs, Backend::OFFSET, sums[m], y + (t + m) * y_stride + outputs.begin);
+            layer.template scale<Backend>(g, block.sum[t + m], outputs, sums[m],
+                                          y + (t + m) * y_stride + outputs.begin);
         }
     }
 
     void add_exactly(int64_t t, int64_t first, Range outputs, int32_t* sums) const {
         const int32_t* group = counts + t * layer.in + first;
-        if (block.large[t])
+        if (block.large[t]) {
+            const Rows rows = layer.rows(outputs.begin);
             for (int j = 0; j < block.live; ++j) {
                 const int32_t s = group[block.row[j]];
                 if (s < -Backend::LIMIT || s > Backend::LIMIT)
-                    layer.add_row(first + block.row[j], s, outputs, Backend::OFFSET, sums);
+                    layer.add_row(rows[first + block.row[j]], s, outputs.end - outputs.begin, Backend::OFFSET, sums);
             }
+        }
         for (int j = 0; j < residual_rows; ++j)
             layer.add_residual(residual[j], group[residual_row[j]], outputs.begin, sums);
     }

@@ -23,6 +23,10 @@ struct Neon {
         std::memcpy(&value, four, 4);
         return vreinterpretq_s8_s32(vdupq_n_s32(value));
     }
+    static void widen(const uint16_t* halves, float* floats) {
+        for (int i = 0; i < TILE; i += 4)
+            vst1q_f32(floats + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + i))));
+    }
     static V code(V v) { return v; }
     static V low(V v) { return vandq_s8(v, vdupq_n_s8(15)); }
     static V high(V v) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4)); }

@@ -7,18 +7,24 @@ namespace {
 struct Scalar {
     static constexpr int LIMIT = 127, OFFSET = 0, TOKENS = 1;
 
+    static void widen(const uint16_t* halves, float* floats) {
+        for (int i = 0; i < TILE; ++i) floats[i] = half_to_float(halves[i]);
+    }
+
     template <class Layer>
     static void rows(const Layer& layer, const Live& live, const Live&, Range outputs, int32_t* sums) {
         std::memset(sums, 0, (outputs.end - outputs.begin) * sizeof(int32_t));
+        const Rows rows = layer.rows(outputs.begin);
         for (int j = 0; j < live.live; ++j)
-            layer.add_row(live.first + live.row[j], live.count[j], outputs, OFFSET, sums);
+            layer.add_row(rows[live.first + live.row[j]], live.count[j], outputs.end - outputs.begin, OFFSET, sums);
     }
 
     template <class Layer>
     static void pack(const Layer& layer, int64_t first, const int32_t* row, int live, Range outputs, uint8_t* tile) {
+        const Rows rows = layer.rows(outputs.begin);
         for (int j = 0; j < live; ++j) {
             int32_t codes[TILE] = {};
-            layer.add_row(first + row[j], 1, outputs, OFFSET, codes);
+            layer.add_row(rows[first + row[j]], 1, outputs.end - outputs.begin, OFFSET, codes);
             for (int o = 0; o < TILE; ++o) tile[(j / 4 * TILE + o) * 4 + j % 4] = static_cast<uint8_t>(codes[o]);
         }
         for (int j = live; j % 4; ++j)

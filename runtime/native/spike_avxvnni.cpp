@@ -1,0 +1,28 @@
+// The event-driven matmul on AVX2 with VNNI (client processors without AVX-512): four rows straight into int32.
+#include "internal.h"
+
+#ifdef __AVXVNNI__
+
+#include "spike_avx2.h"
+
+namespace sbedge {
+namespace {
+
+struct AvxVnni : Avx2 {
+    static constexpr int LIMIT = 127, TOKENS = 2;
+    static V dot(V sums, V codes, V counts) { return _mm256_dpbusd_avx_epi32(sums, codes, counts); }
+};
+
+}  // namespace
+
+const SpikeKernels* const spike_avxvnni = &spike_table<Dot<AvxVnni>>;
+
+}  // namespace sbedge
+
+#else
+
+namespace sbedge {
+const SpikeKernels* const spike_avxvnni = nullptr;
+}
+
+#endif
