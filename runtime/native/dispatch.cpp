@@ -13,7 +13,7 @@ namespace {
 
 struct Isa {
     const char* name;
-    const SpikeKernels* spike;
+    const LinearKernels* linear;
     const MixerKernels* mixer;
     bool (*supported)();
 };
@@ -61,7 +61,7 @@ const Isa* find(const char* name) {
     int count = 0;
     const Isa* all = isas(&count);
     for (int i = 0; i < count; ++i) {
-        const bool built = all[i].spike && all[i].mixer;
+        const bool built = all[i].linear && all[i].mixer;
         if (built && all[i].supported() && (!name || !std::strcmp(name, all[i].name))) return &all[i];
     }
     return nullptr;
@@ -96,23 +96,33 @@ int sbedge_set_isa(const char* name) {
 
 void sbedge_spike_encode(const float* x, int64_t n, int64_t width, float k, float dead_zone, int32_t* counts,
                          float* thresholds, int ith, int nth) {
-    current()->spike->spike_encode(x, n, width, k, dead_zone, counts, thresholds, ith, nth);
+    current()->linear->spike_encode(x, n, width, k, dead_zone, counts, thresholds, ith, nth);
 }
 
 void sbedge_norm_spike_encode(const float* x, const float* norm_weight, float eps, int64_t n, int64_t width, float k,
                               float dead_zone, float* normed, int32_t* counts, float* thresholds, int ith, int nth) {
-    current()->spike->norm_spike_encode(x, norm_weight, eps, n, width, k, dead_zone, normed, counts, thresholds, ith,
+    current()->linear->norm_spike_encode(x, norm_weight, eps, n, width, k, dead_zone, normed, counts, thresholds, ith,
                                         nth);
 }
 
 int64_t sbedge_spike_matmul_w8(const sbedge_w8* w, const int32_t* counts, const float* thresholds, int64_t n, float* y,
                                int64_t y_stride, int ith, int nth) {
-    return current()->spike->spike_matmul_w8(w, counts, thresholds, n, y, y_stride, ith, nth);
+    return current()->linear->spike_matmul_w8(w, counts, thresholds, n, y, y_stride, ith, nth);
 }
 
 int64_t sbedge_spike_matmul_w4(const sbedge_w4* w, const int32_t* counts, const float* thresholds, int64_t n, float* y,
                                int64_t y_stride, int ith, int nth) {
-    return current()->spike->spike_matmul_w4(w, counts, thresholds, n, y, y_stride, ith, nth);
+    return current()->linear->spike_matmul_w4(w, counts, thresholds, n, y, y_stride, ith, nth);
+}
+
+void sbedge_block_encode(const float* x, int64_t n, int64_t width, int8_t* codes, float* scales, int32_t* sums, int ith,
+                         int nth) {
+    current()->linear->block_encode(x, n, width, codes, scales, sums, ith, nth);
+}
+
+void sbedge_dense_matmul(const sbedge_dense* w, const int8_t* codes, const float* scales, const int32_t* sums,
+                         int64_t n, float* y, int64_t y_stride, int ith, int nth) {
+    current()->linear->dense_matmul(w, codes, scales, sums, n, y, y_stride, ith, nth);
 }
 
 int64_t sbedge_gla_scratch(int64_t heads, int64_t groups, int64_t d, int64_t n) {

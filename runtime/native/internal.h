@@ -10,11 +10,13 @@ namespace sbedge {
 // Outputs are handed to threads in multiples of this, so that no two threads share a cache line of floats.
 constexpr int64_t OUTPUT_BLOCK = 64;
 
-struct SpikeKernels {
+struct LinearKernels {
     decltype(&sbedge_spike_encode) spike_encode;
     decltype(&sbedge_norm_spike_encode) norm_spike_encode;
     decltype(&sbedge_spike_matmul_w8) spike_matmul_w8;
     decltype(&sbedge_spike_matmul_w4) spike_matmul_w4;
+    decltype(&sbedge_block_encode) block_encode;
+    decltype(&sbedge_dense_matmul) dense_matmul;
 };
 
 struct MixerKernels {
@@ -25,11 +27,11 @@ struct MixerKernels {
 };
 
 // A null pointer where this build has no such code: each *_ISA.cpp defines its table, or null if not compiled for it.
-extern const SpikeKernels* const spike_scalar;
-extern const SpikeKernels* const spike_avx2;
-extern const SpikeKernels* const spike_avxvnni;
-extern const SpikeKernels* const spike_avx512vnni;
-extern const SpikeKernels* const spike_neon;
+extern const LinearKernels* const spike_scalar;
+extern const LinearKernels* const spike_avx2;
+extern const LinearKernels* const spike_avxvnni;
+extern const LinearKernels* const spike_avx512vnni;
+extern const LinearKernels* const spike_neon;
 extern const MixerKernels* const mixer_scalar;
 extern const MixerKernels* const mixer_avx2;
 extern const MixerKernels* const mixer_avx512vnni;

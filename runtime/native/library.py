@@ -36,6 +36,12 @@ class W4(c.Structure):
                 ("zeros", _P), ("bias", _P))
 
 
+class Dense(c.Structure):
+    """sbedge_dense: a linear layer in ggml's Q8_0 or Q4_0."""
+
+    _fields_ = (("in", _I64), ("out", _I64), ("bits", _I64), ("blocks", _P), ("bias", _P))
+
+
 class GlaInput(c.Structure):
     _fields_ = (("heads", _I64), ("groups", _I64), ("d", _I64), ("q", _P), ("k", _P), ("v", _P), ("gate", _P),
                 ("q_stride", _I64), ("k_stride", _I64), ("v_stride", _I64), ("gate_stride", _I64),
@@ -58,6 +64,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "norm_spike_encode": (None, _P, _P, _F32, _I64, _I64, _F32, _F32, _P, _P, _P, _INT, _INT),
     "spike_matmul_w8": (_I64, _P, _P, _P, _I64, _P, _I64, _INT, _INT),
     "spike_matmul_w4": (_I64, _P, _P, _P, _I64, _P, _I64, _INT, _INT),
+    "block_encode": (None, _P, _I64, _I64, _P, _P, _P, _INT, _INT),
+    "dense_matmul": (None, _P, _P, _P, _P, _I64, _P, _I64, _INT, _INT),
     "gla_scratch": (_I64, _I64, _I64, _I64, _I64),
     "gla": (None, _P, _I64, _P, _P, _P, _INT, _INT),
     "window_scratch": (_I64, _I64, _I64, _I64, _I64, _I64),

@@ -80,6 +80,25 @@ SBEDGE_API int64_t sbedge_spike_matmul_w8(const sbedge_w8* w, const int32_t* cou
 SBEDGE_API int64_t sbedge_spike_matmul_w4(const sbedge_w4* w, const int32_t* counts, const float* thresholds,
                                           int64_t n, float* y, int64_t y_stride, int ith, int nth);
 
+/* --- dense linears ------------------------------------------------------------------------------------------ */
+
+/* Rows of activations as int8 codes in blocks of 32 with a scale each, as ggml's Q8_0 has it: code = round(x / scale),
+ * scale = max|x| / 127. x [n, width], width a multiple of 32 -> codes [n, width], scales and sums (of the block's codes)
+ * [n, width / 32]. Rows are shared out over threads. */
+SBEDGE_API void sbedge_block_encode(const float* x, int64_t n, int64_t width, int8_t* codes, float* scales,
+                                    int32_t* sums, int ith, int nth);
+
+/* One linear layer in ggml's Q8_0 (bits = 8) or Q4_0 (bits = 4): `blocks` [out, in / 32], a float16 scale and 32 codes
+ * each (34 or 18 bytes). y [n, y_stride >= out] = codes * weight + bias, from what block_encode made of n rows.
+ * Outputs are shared out over threads in multiples of 64. */
+typedef struct {
+    int64_t in, out, bits;
+    const uint8_t* blocks;
+    const float* bias; /* [out] or NULL */
+} sbedge_dense;
+SBEDGE_API void sbedge_dense_matmul(const sbedge_dense* w, const int8_t* codes, const float* scales,
+                                    const int32_t* sums, int64_t n, float* y, int64_t y_stride, int ith, int nth);
+
 /* --- GLA --------------------------------------------------------------------------------------------------- */
 
 /* Gated linear attention over n tokens, G states (not H): S = exp(g) * S + k v^T ; o = (q * d^-0.5) S.

@@ -12,9 +12,14 @@
 namespace sbedge {
 namespace {
 
+struct Vnni256 : Avx2 {
+    static V dot(V sums, V codes, V counts) { return _mm256_dpbusd_epi32(sums, codes, counts); }
+};
+
 struct Avx512 {
     using V = __m512i;
-    using Narrow = Avx2;
+    using Narrow = Vnni256;
+    using Quad = Sse;
     static constexpr int LIMIT = 127, OFFSET = 128, TOKENS = 4, BYTES = 64;
 
     static V load(const void* p) { return _mm512_loadu_si512(p); }
@@ -25,6 +30,7 @@ struct Avx512 {
         std::memcpy(&value, four, 4);
         return _mm512_set1_epi32(value);
     }
+    static float widen(uint16_t half) { return _cvtsh_ss(half); }
     static void widen(const uint16_t* halves, float* floats) {
         for (int i = 0; i < TILE; i += 16) _mm512_storeu_ps(floats + i, _mm512_cvtph_ps(Narrow::load(halves + i)));
     }
@@ -45,18 +51,19 @@ struct Avx512 {
         v[2] = _mm512_shuffle_i32x4(c, d, 0x88), v[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
     }
     static V dot(V sums, V codes, V counts) { return _mm512_dpbusd_epi32(sums, codes, counts); }
+    static V whole_dot(V sums, V codes, V counts) { return dot(sums, codes, counts); }
 };
 
 }  // namespace
 
-const SpikeKernels* const spike_avx512vnni = &spike_table<Dot<Avx512>>;
+const LinearKernels* const spike_avx512vnni = &linear_table<Dot<Avx512>>;
 
 }  // namespace sbedge
 
 #else
 
 namespace sbedge {
-const SpikeKernels* const spike_avx512vnni = nullptr;
+const LinearKernels* const spike_avx512vnni = nullptr;
 }
 
 #endif

@@ -9,20 +9,22 @@ namespace sbedge {
 namespace {
 
 struct AvxVnni : Avx2 {
+    using Narrow = AvxVnni;
     static constexpr int LIMIT = 127, TOKENS = 2;
     static V dot(V sums, V codes, V counts) { return _mm256_dpbusd_avx_epi32(sums, codes, counts); }
+    static V whole_dot(V sums, V codes, V counts) { return dot(sums, codes, counts); }
 };
 
 }  // namespace
 
-const SpikeKernels* const spike_avxvnni = &spike_table<Dot<AvxVnni>>;
+const LinearKernels* const spike_avxvnni = &linear_table<Dot<AvxVnni>>;
 
 }  // namespace sbedge
 
 #else
 
 namespace sbedge {
-const SpikeKernels* const spike_avxvnni = nullptr;
+const LinearKernels* const spike_avxvnni = nullptr;
 }
 
 #endif

@@ -1,14 +1,16 @@
-// A spike_impl.h Backend out of any instruction set with a 4-way byte dot product. Four live rows are interleaved to
+// A Backend for spike_impl.h and dense.h out of any instruction set with a 4-way byte dot product. Four live rows are interleaved to
 // [output][4 rows], so that one instruction adds four rows into the int32 sums of a vector of outputs. Isa gives
 //   V, BYTES               a vector and its size; Narrow: the same with BYTES <= 32
 //   LIMIT, OFFSET, TOKENS  as in Backend
 //   load, store, broadcast (four counts), zero, low and high (nibbles of bytes), code (int8 -> what dot takes)
 //   interleave(r)          4 rows -> 4 vectors; within each 128-bit lane l, vector k holds bytes 16 l + 4 k + 0..3
 //   lanes(v)               4 such vectors (or their int32 sums) -> outputs in their natural order
-//   dot(sums, codes, counts)
+//   dot(sums, codes, counts), and whole_dot for counts beyond LIMIT
+//   block8, block4(block, x, offset)    a block of 32 codes times x as int32 lanes that sum up to it (Lanes)
+//   transpose(rows)                     4 rows of 4 dwords
 #pragma once
 
-#include "spike_impl.h"
+#include "dense.h"
 
 namespace sbedge {
 namespace {
@@ -18,6 +20,11 @@ struct Dot {
     using V = typename Isa::V;
     static constexpr int LIMIT = Isa::LIMIT, OFFSET = Isa::OFFSET, TOKENS = Isa::TOKENS;
     static constexpr int BYTES = Isa::BYTES, QUARTER = BYTES / 4;
+    using Quad = typename Isa::Quad;
+    template <int BITS>
+    using Row = typename Isa::Narrow::template Row<typename Isa::Narrow, BITS>;
+
+    static float widen(uint16_t half) { return Isa::widen(half); }
     static void widen(const uint16_t* halves, float* floats) { Isa::widen(halves, floats); }
     static constexpr int ROWS = 8;  // that decode adds at once [16: fewer passes over the sums, but no faster]
 
@@ -183,7 +190,20 @@ struct Dot {
         }
     }
 
-    static void product(const uint8_t* tile, int quads, const int8_t* counts, int32_t* sums) {
+    // counts of TOKENS tokens, `stride` apart; |count| <= LIMIT
+    static void product(const uint8_t* tile, int quads, const int8_t* counts, int64_t stride, int32_t* sums) {
+        product_by(tile, quads, counts, stride, sums, [](V s, V codes, V four) { return Isa::dot(s, codes, four); });
+    }
+
+    // The same for counts of any int8 value.
+    static void whole_product(const uint8_t* tile, int quads, const int8_t* counts, int64_t stride, int32_t* sums) {
+        product_by(tile, quads, counts, stride, sums,
+                   [](V s, V codes, V four) { return Isa::whole_dot(s, codes, four); });
+    }
+
+    template <class Add>
+    static void product_by(const uint8_t* tile, int quads, const int8_t* counts, int64_t stride, int32_t* sums,
+                           Add add) {
         for (int b = 0; b < TILE; b += BYTES) {
             V s[TOKENS][4];
             for (int m = 0; m < TOKENS; ++m)
@@ -192,8 +212,8 @@ struct Dot {
                 V codes[4];
                 for (int k = 0; k < 4; ++k) codes[k] = Isa::load(tile + 4 * (q * TILE + b) + k * BYTES);
                 for (int m = 0; m < TOKENS; ++m) {
-                    const V four = Isa::broadcast(counts + m * GROUP + 4 * q);
-                    for (int k = 0; k < 4; ++k) s[m][k] = Isa::dot(s[m][k], codes[k], four);
+                    const V four = Isa::broadcast(counts + m * stride + 4 * q);
+                    for (int k = 0; k < 4; ++k) s[m][k] = add(s[m][k], codes[k], four);
                 }
             }
             for (int m = 0; m < TOKENS; ++m)

@@ -5,7 +5,7 @@
 //   TOKENS    tokens its tile product takes at once
 //   rows(layer, live, upcoming, outputs, sums)                decode: sums[o] = sum of count * code over live rows
 //   pack(layer, first, rows, live, outputs, tile)             prefill: a tile [live / 4][64 outputs][4 rows] of codes
-//   product(tile, quads, counts, sums)                        prefill: sums [TOKENS][64] of a tile
+//   product(tile, quads, counts, stride, sums)                prefill: sums [TOKENS][64] of a tile
 // Everything lives in an unnamed namespace: each file that includes this compiles its own copy, for its own
 // instruction set, and the linker must not merge them.
 #pragma once
@@ -162,11 +162,19 @@ struct Int8Layer : Striped {
         for (int64_t e = entries.begin; e < entries.end; ++e)
             add(sums[w.residual_output[e] - first_output], count, w.residual_value[e]);
     }
+    // Scales of one group for these outputs; `room` [TILE] is for a tile of scales that must be converted.
+    template <class Backend>
+    const float* tile_scales(int64_t g, Range outputs, float*) const {
+        return w.scales + g * out + outputs.begin;
+    }
+    template <class Backend>
+    void scale(int64_t, int32_t counts, Range outputs, const int32_t* sums, const float* scales, float* y) const {
+        const uint32_t extra = static_cast<uint32_t>(counts) * static_cast<uint32_t>(Backend::OFFSET);
+        scale_sums(outputs.end - outputs.begin, sums, scales, y, [=](int64_t) { return extra; });
+    }
     template <class Backend>
     void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, float* y) const {
-        const uint32_t extra = static_cast<uint32_t>(counts) * static_cast<uint32_t>(Backend::OFFSET);
-        scale_sums(outputs.end - outputs.begin, sums, w.scales + g * out + outputs.begin, y,
-                   [=](int64_t) { return extra; });
+        scale<Backend>(g, counts, outputs, sums, tile_scales<Backend>(g, outputs, nullptr), y);
     }
 };
 
@@ -194,16 +202,24 @@ struct Int4Layer : Striped {
     Range residual(int64_t, Range) const { return {0, 0}; }
     void add_residual(Range, int32_t, int64_t, int32_t*) const {}
     template <class Backend>
-    void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, float* y) const {
+    const float* tile_scales(int64_t g, Range outputs, float* room) const {
+        Backend::widen(w.scales + g * out + outputs.begin, room);
+        return room;
+    }
+    template <class Backend>
+    void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, const float* scales, float* y) const {
         const uint32_t total = static_cast<uint32_t>(counts);
+        if (const uint8_t* zeros = w.zeros ? w.zeros + g * out + outputs.begin : nullptr)
+            scale_sums(TILE, sums, scales, y, [=](int64_t o) { return total * zeros[o]; });
+        else
+            scale_sums(TILE, sums, scales, y, [=](int64_t) { return total * 8; });
+    }
+    template <class Backend>
+    void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, float* y) const {
+        alignas(64) float room[TILE];
         for (int64_t begin = outputs.begin; begin < outputs.end; begin += TILE, sums += TILE, y += TILE) {
-            const int64_t start = g * out + begin;
-            alignas(64) float scales[TILE];
-            Backend::widen(w.scales + start, scales);
-            if (const uint8_t* zeros = w.zeros ? w.zeros + start : nullptr)
-                scale_sums(TILE, sums, scales, y, [=](int64_t o) { return total * zeros[o]; });
-            else
-                scale_sums(TILE, sums, scales, y, [=](int64_t) { return total * 8; });
+            const Range tile{begin, begin + TILE};
+            scale<Backend>(g, counts, tile, sums, tile_scales<Backend>(g, tile, room), y);
         }
     }
 };
@@ -339,6 +355,8 @@ struct TileProduct {
     const Layer& layer;
     const int32_t* counts;  // of the block's first token [tokens, in]
     alignas(64) uint8_t tile[GROUP * TILE];
+    alignas(64) float room[TILE];
+    const float* scales = nullptr;
     Range residual[GROUP];
     int32_t residual_row[GROUP];
     int residual_rows = 0;
@@ -347,6 +365,7 @@ struct TileProduct {
     TileProduct(const Layer& layer, const int32_t* counts) : layer(layer), counts(counts) {}
 
     void load(int64_t first, Range outputs) {
+        scales = layer.template tile_scales<Backend>(first / layer.group, outputs, room);
         Backend::pack(layer, first, block.row, block.live, outputs, tile);
         residual_rows = 0;
         if (!layer.has_residual()) return;
@@ -364,11 +383,11 @@ struct TileProduct {
         // Rows of y often lie a power of two apart and evict each other: fetch those of the next tokens just in time.
         for (int64_t next = t + Backend::TOKENS; next < t + 2 * Backend::TOKENS && next < tokens; ++next)
             for (int64_t o = outputs.begin; o < outputs.end; o += 16) __builtin_prefetch(y + next * y_stride + o, 1);
-        Backend::product(tile, (block.live + 3) / 4, block.count[t], sums[0]);
+        Backend::product(tile, (block.live + 3) / 4, block.count[t], GROUP, sums[0]);
         for (int m = 0; m < Backend::TOKENS && t + m < tokens; ++m) {
             if (!block.any[t + m]) continue;
             add_exactly(t + m, g * layer.group, outputs, sums[m]);
-            layer.template scale<Backend>(g, block.sum[t + m], outputs, sums[m],
+            layer.template scale<Backend>(g, block.sum[t + m], outputs, sums[m], scales,
                                           y + (t + m) * y_stride + outputs.begin);
         }
     }
@@ -436,8 +455,6 @@ int64_t matmul_w4(const sbedge_w4* w, const int32_t* counts, const float* thresh
     return matmul<Backend>(Int4Layer(*w), w->bias, counts, thresholds, n, y, y_stride, ith, nth);
 }
 
-template <class Backend>
-constexpr SpikeKernels spike_table{spike_encode, norm_spike_encode, matmul_w8<Backend>, matmul_w4<Backend>};
 
 }  // namespace
 }  // namespace sbedge
