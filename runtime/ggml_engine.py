@@ -58,6 +58,7 @@ class GgmlEngine:
         self._weights = GgmlWeights(self._file, self.config)
         self.traffic = Traffic()
         self.threads = threads or default_threads()
+        self._pool = self._weights.native.pool_new(self.threads) if self._weights.pooled else None
         self._backend, self._threadpool = self._start_backend()
         self._prefill_memory = self.f.gallocr_new(self.f.backend_cpu_buffer_type())
         self._bound: weakref.WeakKeyDictionary[State, _Bound] = weakref.WeakKeyDictionary()
@@ -102,11 +103,12 @@ class GgmlEngine:
 
     def _start_backend(self) -> tuple[int, int]:
         params = ctypes.create_string_buffer(PARAMS_BYTES)
-        self.f.threadpool_params_init(params, self.threads)
+        threads = 1 if self._pool else self.threads
+        self.f.threadpool_params_init(params, threads)
         backend, threadpool = self.f.backend_cpu_init(), self.f.threadpool_new(params)
         if not backend or not threadpool:
             raise EngineUnavailable("ggml could not start its CPU backend")
-        self.f.backend_cpu_set_n_threads(backend, self.threads)
+        self.f.backend_cpu_set_n_threads(backend, threads)
         self.f.backend_cpu_set_threadpool(backend, threadpool)
         return backend, threadpool
 
@@ -118,6 +120,8 @@ class GgmlEngine:
                 self.f.gallocr_free(self._prefill_memory)
                 self.f.backend_free(self._backend)
                 self.f.threadpool_free(self._threadpool)
+                if self._pool:
+                    self._weights.native.pool_free(self._pool)
                 self._weights.close()
                 self._backend = 0
 
@@ -135,7 +139,7 @@ class _Bound:
 
     def __init__(self, engine: GgmlEngine, state: State):
         self.config, self.weights, self.shared = engine.config, engine._weights, engine._prefill_memory
-        self.threads = engine.threads
+        self.threads, self.pool = engine.threads, engine._pool
         self.address, self.position = state.block.ctypes.data, state.position
         self.memory = dict(state.arrays)
         self.blocks = [state.block]
@@ -164,7 +168,8 @@ class _Bound:
         return self.decode
 
     def _new(self, n: int, length: int, n_logits: int, allocator: int | None) -> Graph:
-        return Graph(self.config, self.weights, self.memory, self.blocks, n, length, n_logits, self.threads, allocator)
+        return Graph(self.config, self.weights, self.memory, self.blocks, n, length, n_logits, self.threads, self.pool,
+                     allocator)
 
     def finish(self, graph: Graph, state: State) -> None:
         """After a run: the state has moved on by the graph's tokens."""

@@ -30,7 +30,7 @@ class Graph:
 
     def __init__(self, config: ModelConfig, weights: GgmlWeights, memory: Mapping[str, np.ndarray],
                  blocks: Sequence[np.ndarray], n: int, length: int, n_logits: int, threads: int,
-                 allocator: int | None = None):
+                 pool: int | None, allocator: int | None = None):
         self.config, self.n, self.length, self.n_logits = config, n, length, n_logits
         self.blocks, self.native = tuple(blocks), weights.native
         self.f = load_ggml().f
@@ -43,8 +43,8 @@ class Graph:
         common = (Ops(self.f, self.context), self.f, self.graph, config, weights.tensors, leaves)
         if self.native:
             self.forward: Forward = NativeForward(
-                *common, {}, n, length, library=self.native, events=weights.events, arrays=dict(memory),
-                position=self.inputs["position"], threads=threads)
+                *common, {}, n, length, library=self.native, events=weights.events, dense=weights.dense,
+                arrays=dict(memory), position=self.inputs["position"], threads=threads, pool=pool)
         else:
             self.forward = Forward(*common, self._state_leaves(memory), n, length)
         self._logits = self.forward.build(n_logits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +19,22 @@ from sbedge.gguf_format import TYPES, expected_gguf_tensors
 from sbedge.gguf_reader import GgufFile
 from sbedge.quant.ggml_library import InitParams, load_ggml
 
-from .ggml_events import EventLinear, check_event_layout, decode_event_layout, event_linears, native_linears
+from .ggml_linears import (
+    NativeLinear,
+    check_event_layout,
+    decode_event_layout,
+    event_linears,
+    native_dense,
+    native_events,
+)
 from .native.library import load_native
 
 REPACKED = "Q4_0"       # ggml's interleaved layout: 1.2 to 1.4 times faster; other types crash or gain nothing
 GROUPS = (("attn_q.weight", "attn_k.weight", "attn_v.weight"), ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
           ("ffn_gate.weight", "ffn_up.weight"))
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+EMBEDDINGS = "token_embd.weight"
+SMALL_WEIGHTS = 1 << 20     # of a matrix that a single thread of ggml's multiplies without being missed by the others
 ALIGNMENT = 64
 
 
@@ -44,7 +54,9 @@ class GgmlWeights:
     def __init__(self, file: GgufFile, config: ModelConfig):
         check_tensors(file, config)
         self.native = load_native()
-        self.events: dict[str, EventLinear] = {}
+        self.events: dict[str, NativeLinear] = {}
+        self.dense: dict[str, NativeLinear] = {}
+        self.pooled = False     # whether our kernels do all large products, on threads of our own
         self.f, self._file = load_ggml().f, file
         self.tensors: dict[str, int] = {}
         self._memory: list[np.ndarray] = []     # what the tensors point into
@@ -53,8 +65,15 @@ class GgmlWeights:
         self.context = self.f.init(InitParams(self.f.tensor_overhead() * (len(file.tensors) + 8), None, True))
         sources = self._mapped(file)
         if self.native:
-            self.events, held = native_linears(file)
+            self.events, held = native_events(file)
             self._memory += held
+            self.dense = native_dense(file)
+            self.pooled = not _needs_ggml(sources, self.dense)
+            if self.pooled:     # embeddings are looked up by ggml
+                sources = {name: source for name, source in sources.items()
+                           if name == EMBEDDINGS or name.removesuffix(".weight") not in self.dense}
+            else:
+                self.dense = {}
         else:
             sources |= self._decoded(file)
         for unit in _units(config, sources):
@@ -97,7 +116,7 @@ class GgmlWeights:
         sizes = (ctypes.c_int64 * len(source.shape))(*reversed(source.shape))
         tensor = self.f.new_tensor(self.context, TYPES[source.type].number, len(source.shape), sizes)
         # Row look-ups need the plain layout.
-        if source.type == REPACKED and self._repack and name != "token_embd.weight":
+        if source.type == REPACKED and self._repack and name != EMBEDDINGS:
             buffer = self.f.backend_buft_alloc_buffer(self._repack, source.nbytes + ALIGNMENT)
             self._buffers.append(buffer)
             self.f.backend_tensor_alloc(buffer, tensor, self.f.backend_buffer_get_base(buffer))
@@ -106,6 +125,16 @@ class GgmlWeights:
         else:
             self.f.backend_tensor_alloc(source.buffer, tensor, source.address)
         self.tensors[name] = tensor
+
+
+def _needs_ggml(sources: dict[str, _Source], dense: dict[str, NativeLinear]) -> bool:
+    """Whether a matrix large enough to need all threads is in a format that only ggml multiplies."""
+    return any(prod(source.shape) > SMALL_WEIGHTS and name.removesuffix(".weight") not in dense
+               for name, source in sources.items() if len(source.shape) == 2 and not _only_looked_up(name, sources))
+
+
+def _only_looked_up(name: str, sources: dict[str, _Source]) -> bool:
+    return name == EMBEDDINGS and "output.weight" in sources
 
 
 def _units(config: ModelConfig, names: dict[str, _Source]) -> Iterator[list[str]]:

@@ -126,7 +126,7 @@ def test_w8aspike_follows_the_reference_with_codes_beyond_int8(quant, tmp_path):
 def test_w8_spike_holds_the_published_weights_bit_for_bit(tmp_path):
     from sbedge.gguf_format import gguf_name
     from sbedge.gguf_reader import read_gguf
-    from sbedge.runtime.ggml_events import decode_event_layout
+    from sbedge.runtime.ggml_linears import decode_event_layout
     checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path / "c", w8aspike=True))
     write_gguf(checkpoint, tmp_path / "m.gguf", quant="w8-spike")
     file = read_gguf(tmp_path / "m.gguf")

@@ -60,6 +60,8 @@ class WindowInput(c.Structure):
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "abi": (_INT,), "isa": (c.c_char_p,), "set_isa": (_INT, c.c_char_p),
+    "pool_new": (_P, _INT), "pool_free": (None, _P), "pool_threads": (_INT, _P),
+    "pool_run": (None, _P, _P, _P, _INT),
     "spike_encode": (None, _P, _I64, _I64, _F32, _F32, _P, _P, _INT, _INT),
     "norm_spike_encode": (None, _P, _P, _F32, _I64, _I64, _F32, _F32, _P, _P, _P, _INT, _INT),
     "spike_matmul_w8": (_I64, _P, _P, _P, _I64, _P, _I64, _INT, _INT),

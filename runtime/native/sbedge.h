@@ -4,7 +4,8 @@
  *   - Row-major arrays, innermost last in comments: x [n, width].
  *   - Every kernel takes (ith, nth): the caller runs it on nth threads of its own, each with its ith; a thread
  *     computes its share of the outputs and no two threads write the same byte. (0, 1) does all the work.
- *   - No kernel allocates memory, keeps state or starts threads. Accumulation is int32 or float32.
+ *   - No kernel allocates memory, keeps state, starts threads or waits for another part. Accumulation is int32 or
+ *     float32.
  *   - Integer sums make results independent of nth and of the instruction set, up to the final float scaling.
  */
 #ifndef SBEDGE_H
@@ -31,6 +32,17 @@ SBEDGE_API int sbedge_abi(void);
 SBEDGE_API const char* sbedge_isa(void);
 /* 0, or -1 if this machine or this build does not have it. Not thread-safe: for tests and start-up. */
 SBEDGE_API int sbedge_set_isa(const char* name);
+
+/* --- threads ----------------------------------------------------------------------------------------------- */
+
+/* A pool of threads for a host that has none to spare: kernels stay free of them. Idle threads spin for some 20
+ * microseconds and then sleep. One job at a time, from one thread at a time. */
+typedef struct sbedge_pool sbedge_pool;
+SBEDGE_API sbedge_pool* sbedge_pool_new(int threads); /* the caller's own thread included; NULL without memory */
+SBEDGE_API void sbedge_pool_free(sbedge_pool* pool);
+SBEDGE_API int sbedge_pool_threads(const sbedge_pool* pool);
+/* work(argument, part, parts) for each part, on whichever thread is free; returns when all are done. */
+SBEDGE_API void sbedge_pool_run(sbedge_pool* pool, void (*work)(void*, int, int), void* argument, int parts);
 
 /* --- spikes ------------------------------------------------------------------------------------------------ */
 

@@ -1,4 +1,7 @@
-"""Linears in event layout in a GGUF file: checked, handed to the kernels, or decoded (see sbedge/gguf_format.py)."""
+"""The linears of a GGUF file for our kernels: event layouts (see sbedge/gguf_format.py) and ggml's own block formats.
+
+Event layouts are checked, handed to the kernels, or decoded where there are none.
+"""
 from __future__ import annotations
 
 import ctypes
@@ -23,15 +26,17 @@ from sbedge.quant.event_layout import (
 from sbedge.quant.int8_groups import dequantize_int8_groups
 
 from .native import library
+from .native.ggml_ops import KIND_DENSE, KIND_W4, KIND_W8
 
 W4_GROUPS = (32, 128)       # what the kernels know
+DENSE_BITS = {"Q8_0": 8, "Q4_0": 4}
 
 
-class EventLinear(NamedTuple):
-    """A linear as the kernels take it: their structure, its bits, its outputs and the bytes of its weights."""
+class NativeLinear(NamedTuple):
+    """A linear as the kernels take it: their structure, its KIND_, its outputs and the bytes of its weights."""
 
     struct: ctypes.Structure
-    bits: int
+    kind: int
     out: int
     nbytes: int
 
@@ -99,10 +104,10 @@ def _w4_parts(file: GgufFile, stem: str, shape: tuple[int, ...]) -> dict[str, tu
 
 
 # --- for the kernels ---------------------------------------------------------------------------------
-def native_linears(file: GgufFile) -> tuple[dict[str, EventLinear], list[np.ndarray]]:
+def native_events(file: GgufFile) -> tuple[dict[str, NativeLinear], list[np.ndarray]]:
     """The kernels' view of a checked file's event layouts, by stem, over the file's own memory; and what they hold on
     to: where each channel's residual begins."""
-    events: dict[str, EventLinear] = {}
+    events: dict[str, NativeLinear] = {}
     held: list[np.ndarray] = []
     for event in event_linears(file):
         stem, bits, width, out = event
@@ -112,7 +117,7 @@ def native_linears(file: GgufFile) -> tuple[dict[str, EventLinear], list[np.ndar
             nibbles, group = file.tensors[f"{stem}.nibbles"], width // file.tensors[f"{stem}.scales"].shape[0]
             struct: ctypes.Structure = library.W4(width, out, 2 * NIBBLE_STRIPE, group, address["nibbles"],
                                                   address["scales"], address.get("zeros"), address.get("bias"))
-            events[stem] = EventLinear(struct, 4, out, nibbles.nbytes)
+            events[stem] = NativeLinear(struct, KIND_W4, out, nibbles.nbytes)
             continue
         codes = file.tensors[f"{stem}.codes"]
         linear = library.W8(width, out, STRIPE if len(codes.shape) == 1 else 0, address["codes"], address["scales"],
@@ -122,8 +127,21 @@ def native_linears(file: GgufFile) -> tuple[dict[str, EventLinear], list[np.ndar
             held += [start, output]
             linear.residual_start, linear.residual_output = start.ctypes.data, output.ctypes.data
             linear.residual_value = file.array(f"{stem}.residual_value").ctypes.data
-        events[stem] = EventLinear(linear, 8, out, codes.nbytes)
+        events[stem] = NativeLinear(linear, KIND_W8, out, codes.nbytes)
     return events, held
+
+
+def native_dense(file: GgufFile) -> dict[str, NativeLinear]:
+    """Matrices whose block format the kernels know, by stem, over the file's own memory."""
+    dense = {}
+    for name, info in file.tensors.items():
+        if info.type in DENSE_BITS and len(info.shape) == 2:
+            stem, (out, width) = name.removesuffix(".weight"), info.shape
+            bias = file.tensors.get(stem + ".bias")
+            struct = library.Dense(width, out, DENSE_BITS[info.type], file.data.ctypes.data + info.offset,
+                                   file.data.ctypes.data + bias.offset if bias else None)
+            dense[stem] = NativeLinear(struct, KIND_DENSE, out, info.nbytes)
+    return dense
 
 
 # --- without them ------------------------------------------------------------------------------------
