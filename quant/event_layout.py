@@ -13,7 +13,7 @@ import numpy as np
 from .blocks import quantize_blocks
 
 STRIPE = 1024           # outputs whose rows lie together in a file: what one thread reads is then one piece of memory
-NIBBLE_STRIPE = 1024    # bytes in 4 bits: 2048 outputs
+NIBBLE_STRIPE = STRIPE // 2     # the same in bytes of 4-bit rows
 W4_BLOCK = 64           # outputs whose nibbles share 32 bytes
 W4_MIDDLE = 8           # the zero point of a layout that stores none
 

@@ -115,7 +115,7 @@ def native_events(file: GgufFile) -> tuple[dict[str, NativeLinear], list[np.ndar
                    for part in ("codes", "nibbles", "scales", "zeros", "bias") if f"{stem}.{part}" in file.tensors}
         if bits == 4:
             nibbles, group = file.tensors[f"{stem}.nibbles"], width // file.tensors[f"{stem}.scales"].shape[0]
-            struct: ctypes.Structure = library.W4(width, out, 2 * NIBBLE_STRIPE, group, address["nibbles"],
+            struct: ctypes.Structure = library.W4(width, out, STRIPE, group, address["nibbles"],
                                                   address["scales"], address.get("zeros"), address.get("bias"))
             events[stem] = NativeLinear(struct, KIND_W4, out, nibbles.nbytes)
             continue

@@ -1,8 +1,8 @@
 """What our GGUF files hold: metadata keys and tensor names, after llama.cpp's where it has one.
 
 Linears are stored [out, in] in ggml's types. An event layout replaces NAME.weight, input-channel-major so that a
-silent channel is a row never fetched. Its rows are cut into stripes of 1024 bytes, each an [in, 1024] array of its own,
-the last one narrower, so that what a thread reads is one piece of memory. With quant `w8-spike`
+silent channel is a row never fetched. Its rows are cut into stripes of 1024 outputs, each an [in, 1024] array of its
+own, the last one narrower, so that what a thread reads is one piece of memory. With quant `w8-spike`
     NAME.codes           [in * out]     I8    (in earlier files [in, out], in one stripe)
     NAME.scales          [in/128, out]  F32   weight = code * scale of its group of 128 inputs (the last may be shorter)
     NAME.residual_index  [m] I32, NAME.residual_value [m] I32   (absent if m = 0)

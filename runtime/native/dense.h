@@ -64,15 +64,20 @@ void block_encode(const float* x, int64_t n, int64_t width, int8_t* codes, float
 
 template <class Backend, int BITS>
 float dense_row(const uint8_t* row, int64_t blocks, const int8_t* codes, const float* scales, const int32_t* sums) {
-    constexpr int BYTES = Format<BITS>::BYTES, LOT = 8;
-    typename Backend::template Row<BITS> row_sum;
-    for (int64_t b = 0; b < blocks; b += LOT) {
-        const int count = blocks - b < LOT ? static_cast<int>(blocks - b) : LOT;
+    constexpr int BYTES = Format<BITS>::BYTES, LOT = 8, CHAINS = 4;
+    typename Backend::template Row<BITS> chain[CHAINS];     // of additions that do not wait for each other
+    int64_t b = 0;
+    for (; b + LOT <= blocks; b += LOT) {
         for (int i = 0; i < LOT * BYTES; i += 64) __builtin_prefetch(row + Format<BITS>::AHEAD + i);
-        for (int j = 0; j < count; ++j, row += BYTES)
-            row_sum.add(row + 2, codes + (b + j) * BLOCK, sums[b + j], Backend::widen(half_at(row)) * scales[b + j]);
+        for (int j = 0; j < LOT; ++j, row += BYTES)
+            chain[j % CHAINS].add(row + 2, codes + (b + j) * BLOCK, sums[b + j],
+                                  Backend::widen(half_at(row)) * scales[b + j]);
     }
-    return row_sum.total();
+    for (; b < blocks; ++b, row += BYTES)
+        chain[0].add(row + 2, codes + b * BLOCK, sums[b], Backend::widen(half_at(row)) * scales[b]);
+    float total = 0;
+    for (const auto& one : chain) total += one.total();
+    return total;
 }
 
 // --- many tokens: tiles of 64 outputs ----------------------------------------------------------------------------------
