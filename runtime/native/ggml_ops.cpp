@@ -40,7 +40,7 @@ void sbedge_ggml_linears(void*, int ith, int nth, void* userdata) {
 }
 
 void sbedge_ggml_gla(void*, int ith, int nth, void* userdata) {
-    const auto* op = static_cast<const sbedge_op_gla*>(userdata);
+    auto* op = static_cast<sbedge_op_gla*>(userdata);
     sbedge_gla(&op->in, op->n, op->state, op->out, op->scratch, ith, nth);
 }
 
