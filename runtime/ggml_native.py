@@ -18,7 +18,7 @@ from sbedge.reference import QUERY_SPIKE_K
 from .ggml_linears import NativeLinear
 from .ggml_model import F4, Forward
 from .native.ggml_ops import BlockEncodeOp, EncodeOp, GlaOp, LinearsOp, WindowOp
-from .native.library import NativeLibrary
+from .native.library import F32, INT8, NativeLibrary
 
 ALL_THREADS = -1        # ggml's GGML_N_TASKS_MAX
 
@@ -171,7 +171,7 @@ class NativeForward(Forward):
         scratch = self.library.window_scratch(H, G, d, W, n) * self.threads
         op = WindowOp(n=n, position=self.position.ctypes.data)
         op.input.heads, op.input.query_k = H, QUERY_SPIKE_K if c.int8_window else 0
-        op.ring.window, op.ring.groups, op.ring.d = W, G, d
+        op.ring.window, op.ring.groups, op.ring.d, op.ring.type = W, G, d, INT8 if c.int8_window else F32
         for name in ("keys", "values", "key_scales", "value_scales"):
             array = self.arrays.get(f"{i}.{name}")
             setattr(op.ring, name, None if array is None else array.ctypes.data)

@@ -71,7 +71,7 @@ int linear_parts(const sbedge_op_linears* op) {
 }
 
 void gla(void* userdata, int ith, int nth) {
-    const auto* op = static_cast<const sbedge_op_gla*>(userdata);
+    auto* op = static_cast<sbedge_op_gla*>(userdata);
     sbedge_gla(&op->in, op->n, op->state, op->out, op->scratch, ith, nth);
 }
 
