@@ -70,6 +70,20 @@ struct Dot {
         return count;
     }
 
+    // Prefetches rows in the order in which they lie in memory, a piece at a time, to cache level 4 - LOCALITY.
+    template <int LOCALITY>
+    struct Ahead {
+        static constexpr int64_t LINE = 64, PIECE = ROWS * LINE;
+        const uint8_t* const* row;
+        int64_t bytes, b = 0;
+
+        void some() {
+            for (int64_t i = 0; i < PIECE; i += LINE) __builtin_prefetch(*row + b + i, 0, LOCALITY);
+            b += PIECE;
+            if (b >= bytes) b = 0, ++row;
+        }
+    };
+
     // row: 4 * QUADS to add, and ROWS and 2 * ROWS further the same number to prefetch
     template <int QUADS, class Layer>
     static void add(const Layer& layer, const uint8_t* const* row, const int8_t* counts, int64_t bytes,
@@ -77,14 +91,13 @@ struct Dot {
         constexpr int64_t SCALES = Layer::SCALE_BYTES * BYTES * BYTES / Layer::bytes(BYTES);    // of BYTES of a row
         V s[QUADS], r[QUADS][4];
         for (int q = 0; q < QUADS; ++q) s[q] = Isa::broadcast(counts + 4 * q);
+        Ahead<2> far{row + 2 * ROWS, bytes};
+        Ahead<3> near{row + ROWS, bytes};
         int64_t b = 0;
         for (; b + BYTES <= bytes; b += BYTES, scales += SCALES) {
             for (int64_t i = 0; i < SCALES; i += 256) prefetch(scales + i);
+            if (BYTES == 64 || b % 64 == 0) far.some(), near.some();
             for (int j = 0; j < 4 * QUADS; ++j) {
-                if (BYTES == 64 || b % 64 == 0) {
-                    prefetch(row[j + 2 * ROWS] + b);
-                    __builtin_prefetch(row[j + ROWS] + b);
-                }
                 r[j / 4][j % 4] = Isa::load(row[j] + b);
             }
             step<QUADS>(layer, r, s, b, sums);
