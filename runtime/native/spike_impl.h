@@ -133,9 +133,12 @@ struct Int8Layer : Striped {
     static constexpr int64_t group = GROUP;
     explicit Int8Layer(const sbedge_w8& w) : Striped(w.in, w.out, w.stripe), w(w) {}
 
-    static constexpr int64_t SCALE_BYTES = 4;
     static constexpr int64_t bytes(int64_t outputs) { return outputs; }
-    const void* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
+    // Tells `prefetch` the cache lines of the scales of input i's group, which come from a row of their own.
+    template <class Prefetch>
+    void expect_scales(int64_t i, Range outputs, Prefetch prefetch) const {
+        for (int64_t o = outputs.begin; o < outputs.end; o += 16) prefetch(w.scales + i / group * out + o);
+    }
     Rows rows(int64_t output) const {
         const auto [first, stride] = place(output);
         return {reinterpret_cast<const uint8_t*>(w.codes) + first, stride};
@@ -183,9 +186,13 @@ struct Int4Layer : Striped {
     int64_t group;
     explicit Int4Layer(const sbedge_w4& w) : Striped(w.in, w.out, w.stripe), w(w), group(w.group) {}
 
-    static constexpr int64_t SCALE_BYTES = 2;
     static constexpr int64_t bytes(int64_t outputs) { return outputs / 2; }
-    const void* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
+    template <class Prefetch>
+    void expect_scales(int64_t i, Range outputs, Prefetch prefetch) const {
+        const int64_t start = i / group * out;
+        for (int64_t o = outputs.begin; o < outputs.end; o += 32) prefetch(w.scales + start + o);
+        for (int64_t o = outputs.begin; w.zeros && o < outputs.end; o += 64) prefetch(w.zeros + start + o);
+    }
     Rows rows(int64_t output) const {
         const auto [first, stride] = place(output);
         return {w.nibbles + first / 2, stride / 2};

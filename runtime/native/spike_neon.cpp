@@ -56,6 +56,8 @@ struct Neon {
     static V code(V v) { return v; }
     static V low(V v) { return vandq_s8(v, vdupq_n_s8(15)); }
     static V high(V v) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4)); }
+    static V raised(V v) { return high(v); }    // bytes are signed here
+    static V lowered(V sums) { return sums; }
 
     static int16x8_t pairs(V v) { return vreinterpretq_s16_s8(v); }
     static void interleave(V* r) {
