@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from sbedge.errors import InputError, SbedgeError, StateError
-from sbedge.state import State
+from sbedge.state import State, check_source, load_state
 
 from .chat_template import chat_parts
 from .detokenizer import StreamDecoder
@@ -60,8 +60,11 @@ class Session:
                  state: State | None = None) -> None:
         """`state`: go on from there instead of from the start.
 
-        Raises TokenizerError if the tokenizer has ids beyond the model's vocabulary.
+        Raises TokenizerError if the tokenizer has ids beyond the model's vocabulary, StateError if the state is
+        another model's.
         """
+        if state is not None:
+            check_source(state.fingerprint, engine.fingerprint, "the state")
         tokenizer.check_vocabulary(engine.config.vocab_size)
         self.engine = engine
         self.tokenizer = tokenizer
@@ -171,10 +174,10 @@ class Session:
     @classmethod
     def load(cls, path: str | Path, engine: Engine, tokenizer: Tokenizer) -> Session:
         """A saved session, to go on with the very tokens it would have drawn. Raises StateError."""
-        extra = State.load_extra(path)
+        state, extra = load_state(path, engine.config, engine.fingerprint)
         if "session" not in extra:
             raise StateError(f"{path}: holds a state but no session; read it with State.load")
-        session = cls(engine, tokenizer, state=State.load(path, engine.config))
+        session = cls(engine, tokenizer, state=state)
         try:
             session._restore(json.loads(extra["session"]))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, SbedgeError) as error:

@@ -48,7 +48,7 @@ class FakeEngine:
     """Replies with `script` (token ids) once `cue` was read, else with ids drawn from a hash of all ids."""
 
     def __init__(self, tokenizer, script=(), cue="", vocab_size=None):
-        self.config = tiny_config(vocab_size or tokenizer.vocab_size)
+        self.config, self.fingerprint = tiny_config(vocab_size or tokenizer.vocab_size), None
         self.tokenizer, self.script, self.cue = tokenizer, list(script), cue
         self.usable = plain_ids(tokenizer.vocabulary)
         self.calls: list[list[int]] = []
