@@ -103,6 +103,21 @@ def test_a_session_moves_between_engines_and_says_the_same(
     assert greedy(moved, 16) == greedy(session, 16)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_after_an_edit_a_chat_says_what_a_fresh_one_would(format: str, models: dict[str, Path]) -> None:
+    session, fresh = (sbedge.load(models[format], threads=1) for _ in range(2))
+    for message in ("hello", "and a longer message, past the windows of both models", "bye"):
+        list(session.chat(message, max_tokens=6))
+    messages = [*session.messages[:2], {"role": "user", "content": "another question altogether"}]
+    reply = [id for piece in session.chat(messages, max_tokens=12) for id in piece.ids]
+    prompt = session.reused + session.prefilled
+    assert session.reused > 20
+    fresh.feed(list(session.tokens[:prompt]))
+    assert greedy(fresh, 12) == reply
+    session.rewind(2)
+    assert session.messages == [] and session.state == fresh.engine.new_state()
+
+
 def test_all_exports_of_a_checkpoint_have_its_fingerprint(models: dict[str, Path]) -> None:
     expected = sbedge.Checkpoint(models["checkpoint"]).fingerprint
     for format in FORMATS:
