@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sbedge.config import ModelConfig
+from sbedge.errors import InputError
 from sbedge.state_file import bounded_json
 
 from .conversation import Conversation, Parts, Turn, checked_messages
@@ -60,6 +61,18 @@ class Record:
         Sampler(sampling).set_state(raw["random"])      # refuses what is no generator
         return cls(tokens, pending.tolist(), conversation, replying, None if cut is None else _text(cut), sampling,
                    dict(raw["random"]))
+
+
+def summary(text: str) -> dict[str, Any]:
+    """What a record tells without a model: how many tokens, messages, replying, sampling. ValueError if it is none."""
+    try:
+        raw = bounded_json(text.encode(), MAX_STRUCTURE)
+        raw = raw if "turns" in raw else _upgraded(raw)
+        tokens = len(base64.b64decode(raw["tokens"])) // 4 if isinstance(raw["tokens"], str) else len(raw["tokens"])
+        return {"tokens": tokens, "messages": checked_messages(raw["messages"]) if raw["messages"] else [],
+                "replying": bool(raw["replying"]), "sampling": {"temperature": 0.0} | raw["sampling"]}
+    except (InputError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def encode_ids(ids: array) -> str:

@@ -22,7 +22,6 @@ from .errors import StateError
 from .state_file import StateFile, write_state_file
 
 ALIGNMENT = 64
-OLD_METADATA = ("format", "position")       # in the first format; what else stood there was the caller's
 
 
 def state_layout(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -131,7 +130,7 @@ class State:
     def load_extra(path: str | Path) -> dict[str, str]:
         """The `extra` texts a state was saved with; StateError as `load`."""
         with StateFile(path) as file:
-            return _texts(file, file.read({}))
+            return file.read({})
 
 
 def load_state(path: str | Path, config: ModelConfig, fingerprint: str | None = None) -> tuple[State, dict[str, str]]:
@@ -149,7 +148,7 @@ def load_state(path: str | Path, config: ModelConfig, fingerprint: str | None = 
         wanted = dict(state.arrays) if file.is_old else state.written()
         if "last_logits" in file.entries:
             wanted["last_logits"] = state.last_logits = np.empty(config.vocab_size, np.float32)
-        return state, _texts(file, file.read(wanted))
+        return state, file.read(wanted)
 
 
 def check_source(found: str | None, expected: str | None, what: str) -> None:
@@ -183,12 +182,6 @@ def _check_arrays(file: StateFile, config: ModelConfig, position: int) -> None:
         if entry is not None and (entry.shape, entry.dtype) != (shape, dtype):
             raise file.error(f"{name} is {entry}, expected {dtype.name} {list(shape)}; the state belongs to another "
                              "model")
-
-
-def _texts(file: StateFile, extras: dict[str, str]) -> dict[str, str]:
-    if not file.is_old:
-        return extras
-    return {key: value for key, value in file.metadata.items() if key not in OLD_METADATA}
 
 
 def _padded(shape: tuple[int, ...], dtype: np.dtype) -> int:

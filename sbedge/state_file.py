@@ -30,6 +30,7 @@ MAX_STRUCTURE = 1 << 20             # characters of JSON outside its texts, and 
 DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "I8": np.dtype("i1"), "U8": np.dtype("u1")}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 EXTRA = "extra."                    # arrays of ours that hold a text
+OLD_METADATA = ("format", "position")   # in the first format; what else stood there was the caller's
 NO_CHECKSUM = "00000000"            # stands in the header while the checksum is computed
 CHUNK = 1 << 20                     # bytes at a time of what is only checked
 
@@ -150,6 +151,8 @@ class StateFile:
                     checksum = self._fill(np.empty(min(CHUNK, entry.stop - start), np.uint8), checksum)
         if not self.is_old and self.metadata["checksum"] != f"{checksum:08x}":
             raise self.damaged("its checksum is not that of its contents")
+        if self.is_old:
+            return {key: value for key, value in self.metadata.items() if key not in OLD_METADATA}
         try:
             return {name: text.decode() for name, text in texts.items()}
         except UnicodeDecodeError:
