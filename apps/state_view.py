@@ -113,7 +113,7 @@ class StateView:
             return self.arrays[name]
         slots = tokens % max(self.window, 1)
         values, scales = self.arrays[name][slots], self.arrays.get(name.removesuffix("s") + "_scales")
-        return values if scales is None else values * scales[slots][..., None]
+        return values if scales is None else values.astype(np.float64) * scales[slots][..., None]
 
 
 def largest(a: np.ndarray | None, b: np.ndarray | None) -> float | None:

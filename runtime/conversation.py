@@ -121,12 +121,10 @@ class Conversation:
 
 
 def checked_messages(messages: Sequence[Message]) -> list[Message]:
-    """Copies of `messages`; InputError if they are no conversation. The last may not be empty."""
+    """Copies of `messages`; InputError if they are none."""
     for message in messages:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise InputError(f"a message is {message!r:.60}, expected a role and a content, both texts")
-    if not messages or not messages[-1]["content"].strip():
-        raise InputError("the message is empty")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

@@ -229,7 +229,10 @@ class Session:
             message = [*self.messages, {"role": "user", "content": message}]
         if not isinstance(message, (list, tuple)):
             raise InputError(f"the message is {message!r:.40}, expected a text or a list of messages")
-        return checked_messages(message)
+        messages = checked_messages(message)
+        if not messages or not messages[-1]["content"].strip():
+            raise InputError("the message is empty")
+        return messages
 
     def _options(self, max_tokens: int | None, stop: Sequence[str], sampling: Sampling | None
                  ) -> tuple[int | None, ReplyText, Sampler]:

@@ -69,7 +69,7 @@ def summary(text: str) -> dict[str, Any]:
         raw = bounded_json(text.encode(), MAX_STRUCTURE)
         raw = raw if "turns" in raw else _upgraded(raw)
         tokens = len(base64.b64decode(raw["tokens"])) // 4 if isinstance(raw["tokens"], str) else len(raw["tokens"])
-        return {"tokens": tokens, "messages": checked_messages(raw["messages"]) if raw["messages"] else [],
+        return {"tokens": tokens, "messages": checked_messages(raw["messages"]),
                 "replying": bool(raw["replying"]), "sampling": {"temperature": 0.0} | raw["sampling"]}
     except (InputError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(str(error)) from None
@@ -87,7 +87,7 @@ def _ids(value: Any, config: ModelConfig) -> array:
 
 def _conversation(raw: dict[str, Any], read: array, config: ModelConfig) -> Conversation:
     """The messages and turns of a record, whose tokens and pending token are `read`."""
-    messages = checked_messages(raw["messages"]) if raw["messages"] else []
+    messages = checked_messages(raw["messages"])
     size = raw["turn_ids"]
     ids = _ids(size, config) if isinstance(size, str) else read[:_ascending(0, size, len(read))[1]]
     turns = [Turn(_parts(turn["prompt"], config), turn["messages"], turn["start"], turn["stop"], _text(turn["reply"]),

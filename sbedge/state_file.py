@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tempfile
 import zlib
@@ -32,6 +33,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 EXTRA = "extra."                    # arrays of ours that hold a text
 OLD_METADATA = ("format", "position")   # in the first format; what else stood there was the caller's
 NO_CHECKSUM = "00000000"            # stands in the header while the checksum is computed
+CHECKSUM = re.compile(rb'("checksum" ?: ?")[0-9a-f]{8}(?=")')
 CHUNK = 1 << 20                     # bytes at a time of what is only checked
 
 
@@ -84,9 +86,8 @@ def _header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
 
 
 def _with_checksum(header: bytes, checksum: str) -> bytes:
-    """The header with another checksum, which is the last of the metadata."""
-    at = header.find(b'"checksum":"')
-    return header if at < 0 else header[:at + 12] + checksum.encode() + header[at + 20:]
+    """The header with another checksum."""
+    return CHECKSUM.sub(rb"\g<1>" + checksum.encode(), header, count=1)
 
 
 class StateFile:

@@ -307,6 +307,18 @@ def test_a_loaded_session_goes_on_without_reading_and_says_what_it_cannot_go_bac
     check_state(loaded)
 
 
+def test_a_session_with_an_empty_reply_is_saved_and_loaded(tmp_path: Path) -> None:
+    session = scripted(replace(TOKENIZER, chat_template=CHATML), "<|im_end|>")
+    assert say(session, "Hello") == ""
+    for _ in range(2):
+        session.save(tmp_path / "s.state")
+        loaded = Session.load(tmp_path / "s.state", session.engine, session.tokenizer)
+        assert loaded.messages == session.messages and loaded.messages[1]["content"] == ""
+        session.feed("settles the reply")
+    say(loaded, "How")
+    assert len(loaded.messages) == 4
+
+
 @pytest.mark.parametrize("message", [[], [{"role": "user"}], [{"role": "user", "content": 3}], ["hi"], "", " ", 7,
                                      [{"role": "user", "content": " "}]])
 def test_what_is_no_conversation_is_refused(message) -> None:

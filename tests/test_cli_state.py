@@ -150,7 +150,8 @@ def test_info_tells_what_a_session_holds(
     assert found == {
         "file": str(tmp_path / "s.state"), "file_bytes": (tmp_path / "s.state").stat().st_size,
         "format": "sbedge-state-2", "position": session.state.position,
-        "layers": "GWGW", "kv_heads": 2, "head_size": 16, "sliding_window": 16, "window_type": "float32", "vocabulary": 320, "texts": found["texts"],
+        "layers": "GWGW", "kv_heads": 2, "head_size": 16,
+        "sliding_window": 16, "window_type": "float32", "vocabulary": 320, "texts": found["texts"],
         "fingerprint": session.state.fingerprint,
         "session": {"tokens": session.state.position, "messages": session.messages, "replying": False}}
     text = out(capsys, "info", str(tmp_path / "s.state"))
