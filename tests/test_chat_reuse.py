@@ -6,12 +6,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from fake_engine import FakeEngine, ids_of, scripted, text_of
+from fake_engine import FakeEngine, ids_of, render_here, scripted, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sbedge.errors import InputError
-from sbedge.runtime import chat_template, template_worker
+from sbedge.runtime import chat_template
 from sbedge.runtime.session import NEAR, Session
 from sbedge.runtime.state_cache import StateCache
 from sbedge.runtime.tokenizer import Tokenizer
@@ -30,12 +30,7 @@ MESSAGES = ["Hello! How are you?", "one, two", "Once upon a time there was", "I'
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Templates render here instead of in a process of their own: these tests trust theirs."""
-    monkeypatch.setattr(chat_template, "render_chat", lambda template, messages, **context:
-                        rendered(template, messages, **context))
-
-
-def rendered(template: str, messages: list[dict], **context) -> str:
-    return template_worker.render(template, {"add_generation_prompt": True, **context, "messages": messages}, 1 << 20)
+    monkeypatch.setattr(chat_template, "render_chat", render_here)
 
 
 def new(template: str = CHATML, **options) -> Session:
@@ -67,7 +62,7 @@ def check_state(session: Session) -> None:
 def check_prompt(session: Session) -> None:
     """The session has read what the template makes of its conversation."""
     read = session.tokenizer.decode([*session.tokens, *session.pending])
-    assert read == rendered(session.tokenizer.chat_template, session.messages[:-1]) + session.messages[-1]["content"]
+    assert read == render_here(session.tokenizer.chat_template, session.messages[:-1]) + session.messages[-1]["content"]
 
 
 def edited(session: Session, index: int, content: str) -> list[dict]:
