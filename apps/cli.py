@@ -1,6 +1,7 @@
 """The `sbedge` command: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code.
 
-0 done · 1 a bug of ours · 2 an error the user can mend · 130 interrupted · 143 terminated
+0 done · 1 a bug of ours, or a difference found by `state diff` · 2 an error the user can mend · 130 interrupted
+143 terminated
 """
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "bench": ("commands.bench", "measure speed and memory of a model, or of random weights of a shape"),
     "inspect": ("commands.inspect", "show what a model file holds and how much memory it needs"),
     "logits": ("commands.logits", "write the logits of a list of token ids to a .npy file"),
+    "state": ("commands.state", "keep what a model remembers in a file, go on from it, look into it"),
     "tokenize": ("commands.tokenize", "turn text into token ids"),
 }
 OK, BUG, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143

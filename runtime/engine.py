@@ -18,6 +18,7 @@ class Engine(Protocol):
     """Knows token ids and arrays; nothing of text."""
 
     config: ModelConfig
+    fingerprint: str | None     # of the source checkpoint: states move between engines over the same one
 
     def new_state(self) -> State:
         """The state before the first token."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from sbedge.config import ModelConfig
 from sbedge.errors import EngineUnavailable, StateError
-from sbedge.gguf_format import config_from_metadata
+from sbedge.gguf_format import config_from_metadata, source_fingerprint
 from sbedge.gguf_reader import read_gguf
 from sbedge.quant.ggml_library import load_ggml
 from sbedge.state import State, state_layout
@@ -54,6 +54,7 @@ class GgmlEngine:
         self._file = read_gguf(self.path)
         self.metadata = self._file.metadata
         self.config: ModelConfig = config_from_metadata(self.metadata, str(self.path))
+        self.fingerprint = source_fingerprint(self.metadata)
         self._layout = state_layout(self.config)
         self._weights = GgmlWeights(self._file, self.config)
         self.traffic = Traffic()
@@ -66,7 +67,7 @@ class GgmlEngine:
         self._lock = threading.Lock()
 
     def new_state(self) -> State:
-        return State(self.config)
+        return State(self.config, self.fingerprint)
 
     def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: Logits = "last") -> np.ndarray | None:
         """Advance `state` in place; see `Engine.forward`."""

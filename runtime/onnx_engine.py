@@ -19,7 +19,7 @@ from sbedge.errors import EngineUnavailable, ModelFileError, StateError
 from sbedge.state import State, state_layout
 
 from .engine import Logits, checked_ids
-from .onnx_folder import io_names, open_folder
+from .onnx_folder import io_names, open_folder, read_fingerprint
 
 MAX_CHUNK, MIN_CHUNK = 256, 16      # tokens per run of the session
 CHUNK_BYTES = 1 << 26               # what the largest temporary of a run may take
@@ -37,6 +37,7 @@ class OnnxEngine:
     def __init__(self, folder: str | Path, *, threads: int | None = None):
         folder = Path(folder)
         self.config: ModelConfig = open_folder(folder)
+        self.fingerprint = read_fingerprint(folder / "config.json")
         check_version(self.config, folder)
         self.layout = state_layout(self.config)
         self.chunk = chunk_tokens(self.config)
@@ -47,7 +48,7 @@ class OnnxEngine:
 
     def new_state(self) -> State:
         """The state before the first token."""
-        return State(self.config)
+        return State(self.config, self.fingerprint)
 
     def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: Logits = "last") -> np.ndarray | None:
         """See `Engine.forward`. An interrupt leaves the state as it was after a whole number of runs."""

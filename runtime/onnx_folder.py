@@ -48,6 +48,12 @@ def read_config(path: Path) -> ModelConfig:
     return config
 
 
+def read_fingerprint(path: Path) -> str | None:
+    """The source checkpoint's fingerprint, from a config.json that `read_config` found sound."""
+    source = read_json(path)["sbedge"].get("source")
+    return source if isinstance(source, str) and source else None
+
+
 def state_bytes(config: ModelConfig) -> int:
     return sum(prod(shape) * dtype.itemsize for shape, dtype in state_layout(config).values())
 

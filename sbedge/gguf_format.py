@@ -85,6 +85,12 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
+def source_fingerprint(metadata: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the checkpoint a GGUF file was made from."""
+    fingerprint = metadata.get(f"{ARCHITECTURE}.source.fingerprint")
+    return fingerprint if isinstance(fingerprint, str) and fingerprint else None
+
+
 def config_from_metadata(metadata: Mapping[str, Any], source: str) -> ModelConfig:
     """The ModelConfig a GGUF file describes; ModelFileError if it is another model or inconsistent."""
     architecture = metadata.get("general.architecture")

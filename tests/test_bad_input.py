@@ -259,7 +259,7 @@ def test_a_state_that_does_not_fit_on_the_disk_leaves_nothing(
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sbedge.state.save_file", full)
+    monkeypatch.setattr("sbedge.state_file.os.replace", full)
     session = sbedge.load(TINY)
     session.feed([1, 2, 3])
     with pytest.raises(sbedge.SbedgeError, match=r"s\.state: state cannot be written \(.*No space left"):
