@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,6 @@ class GgmlEngine:
                 out = self._advance(ids[start:stop], state, n_logits)
             if out is not None:
                 rows.append(out)
-        state.last_logits = rows[-1][-1].copy() if rows else None
         return np.concatenate(rows) if rows else None
 
     def _chunks(self, count: int, logits: Logits) -> list[tuple[int, int]]:
@@ -94,12 +93,27 @@ class GgmlEngine:
             bound = self._bound[state] = _Bound(self, state)
         graph = bound.graph(len(ids), state.position, n_logits)
         graph.set_inputs(ids, [state.position])
-        self._compute(graph)
-        bound.finish(graph, state)
-        return graph.logits()
+        logits = None
 
-    def _compute(self, graph: Graph) -> None:
-        if self.f.backend_graph_compute(self._backend, graph.graph) != 0:
+        def finish() -> None:
+            nonlocal logits
+            bound.finish(graph, state)
+            logits = graph.logits()
+            state.last_logits = None if logits is None else logits[-1].copy()
+
+        self._compute(graph, finish)
+        return logits
+
+    def _compute(self, graph: Graph, finish: Callable[[], None]) -> None:
+        """Run `graph`, then `finish`, which moves positions on: after an interrupt too, for Python notices one only
+        when the run is over and the states' arrays have moved."""
+        status = 0
+        try:
+            status = self.f.backend_graph_compute(self._backend, graph.graph)
+        finally:
+            if status == 0:
+                finish()
+        if status != 0:
             raise MemoryError("ggml could not run a forward pass")
         if isinstance(graph.forward, NativeForward):
             self.traffic.fetched += int(graph.forward.fetched[0])
@@ -116,12 +130,15 @@ class GgmlEngine:
         with self._lock:
             graph = self._batch_graph(states)
             graph.set_inputs(ids, [state.position for state in states])
-            self._compute(graph)
-            logits = graph.logits()
-        assert logits is not None
-        for state, row in zip(states, logits, strict=True):
-            state.position += 1
-            state.last_logits = row.copy()
+            logits = np.empty((len(states), self.config.vocab_size), np.float32)
+
+            def finish() -> None:
+                logits[:] = graph.logits()
+                for state, row in zip(states, logits, strict=True):
+                    state.position += 1
+                    state.last_logits = row.copy()
+
+            self._compute(graph, finish)
         return logits
 
     def _batch_graph(self, states: Sequence[State]) -> Graph:
