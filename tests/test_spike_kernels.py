@@ -176,10 +176,10 @@ def make_layer(kind, rng, inputs, out, bias=False):
     stripe = int(rng.choice([0, 64, 128]))
     if kind.startswith("w8"):
         return w8_layer(rng, inputs, out, kind.endswith("residual"), bias, stripe)
-    return w4_layer(rng, inputs, -(-out // 64) * 64, 32 if "32" in kind else 128, "zeros" in kind, bias, stripe)
+    return w4_layer(rng, inputs, -(-out // 64) * 64, int(kind.split("-")[1]), "zeros" in kind, bias, stripe)
 
 
-KINDS = ["w8", "w8-residual", "w4-32", "w4-32-zeros", "w4-128", "w4-128-zeros"]
+KINDS = ["w8", "w8-residual", "w4-32", "w4-32-zeros", "w4-64-zeros", "w4-128", "w4-128-zeros"]
 LARGEST = [7, 64, 65, 127, 128, 60_000]
 
 

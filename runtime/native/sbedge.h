@@ -74,7 +74,7 @@ typedef struct {
 
 /* The same in 4 bits. Nibbles are unsigned, 0..15. A row of `out` outputs takes out / 2 bytes: in each block of
  * 64 outputs, byte b holds output b in its low and output b + 32 in its high nibble; `out` is a multiple of 64.
- * weight[i, o] = (nibble - zeros[i / group, o]) * scales[i / group, o]; group is 32 or 128 and divides `in`. */
+ * weight[i, o] = (nibble - zeros[i / group, o]) * scales[i / group, o]; group is 32, 64 or 128 and divides `in`. */
 typedef struct {
     int64_t in, out, stripe, group;
     const uint8_t* nibbles; /* [in, out / 2] in stripes */

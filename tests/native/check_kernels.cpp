@@ -148,6 +148,7 @@ int main() {
         good &= report(isa, "w8", [=] { return check_w8(isa, false); });
         good &= report(isa, "w8 with residual", [=] { return check_w8(isa, true); });
         good &= report(isa, "w4 group 32", [=] { return check_w4(isa, 32); });
+        good &= report(isa, "w4 group 64", [=] { return check_w4(isa, 64); });
         good &= report(isa, "w4 group 128", [=] { return check_w4(isa, 128); });
     }
     return good ? 0 : 1;
