@@ -121,6 +121,15 @@ SBEDGE_API int64_t sbedge_window_scratch(int64_t heads, int64_t groups, int64_t 
 SBEDGE_API void sbedge_window(const sbedge_window_input* in, int64_t position, int64_t n, sbedge_ring* ring, float* out,
                               float* scratch, int ith, int nth);
 
+/* --- ONNX Runtime ------------------------------------------------------------------------------------------ */
+
+/* The library is a custom op library, too: it exports RegisterCustomOps, which session options are given as a file name.
+ * Of those options it reads the entries "ai.sbedge.threads", the threads of the session's own pool to share work out
+ * over (all that this process may use if absent), and "ai.sbedge.id", a number of the caller's choice.
+ * Weight bytes that the spiking linears of sessions with such an id have fetched, and would have fetched had no channel
+ * been silent. 0, or -1 if no session options with this id were given to the library. */
+SBEDGE_API int sbedge_ort_traffic(int64_t id, int64_t* fetched, int64_t* dense);
+
 #ifdef __cplusplus
 }
 #endif
