@@ -97,6 +97,14 @@ Tensor Run::input(size_t index) {
     return tensor(value);
 }
 
+void* Run::data(size_t index) {
+    const Value* value = nullptr;
+    void* data = nullptr;
+    if (!failed() && passed(api_(KernelContext_GetInput, context_, index, &value)))
+        passed(api_(GetTensorMutableData, const_cast<Value*>(value), &data));
+    return data;
+}
+
 void* Run::output(size_t index, const Shape& shape) {
     Value* value = nullptr;
     void* data = nullptr;

@@ -143,6 +143,7 @@ public:
         : Checked(registration.api, op), registration(registration), context_(context) {}
 
     Tensor input(size_t index);
+    void* data(size_t index);       // of an input whose shape is known
     // The output's memory, which ONNX Runtime has or makes.
     void* output(size_t index, const Shape& shape);
     // f(ith, nth) for every ith below nth, on the session's own threads: at most `most` shares of the work.

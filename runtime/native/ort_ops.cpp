@@ -2,6 +2,7 @@
 #include <cstring>
 #include <thread>
 
+#include "ort_mixers.h"
 #include "ort_spikes.h"
 
 namespace sbedge {
@@ -13,7 +14,9 @@ constexpr int64_t MAX_THREADS = 1024;
 
 struct Registered {
     Registration registration;
-    Op ops[1] = {make_op<SpikeEncode>(&registration)};
+    Op ops[6] = {make_op<SpikeEncode>(&registration),          make_op<SpikeLinear>(&registration),
+                 make_op<GatedLinearAttention>(&registration), make_op<RotaryAngles>(&registration),
+                 make_op<SlidingWindowAttention>(&registration), make_op<SpikingWindowAttention>(&registration)};
     Registered* next = nullptr;
 };
 

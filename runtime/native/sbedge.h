@@ -58,6 +58,7 @@ typedef struct {
     const int32_t* residual_start;  /* [in + 1] first entry of each channel, or NULL if there is no residual */
     const int32_t* residual_output; /* [m] output of each entry, ascending within a channel */
     const int32_t* residual_value;  /* [m] what the int8 code lacks */
+    int64_t unsigned_codes;         /* not 0: `codes` holds uint8, code + 128, as ONNX models do */
 } sbedge_w8;
 
 /* The same in 4 bits. Nibbles are unsigned, 0..15. A row of `out` outputs takes out / 2 bytes: in each block of
