@@ -41,11 +41,12 @@ class OnnxEngine:
 
     def __init__(self, folder: str | Path, *, threads: int | None = None):
         folder = Path(folder)
-        self.config: ModelConfig = open_folder(folder)
+        config, ops = open_folder(folder)
+        self.config: ModelConfig = config
         check_version(self.config, folder)
         self.layout = state_layout(self.config)
         threads = threads or available_cpus()
-        options = session_options(threads)
+        options = session_options(threads, ops)
         library = load_native()
         self.traffic = register_kernels(options, library, threads) if library else None
         self.chunk = NATIVE_CHUNK if self.traffic else chunk_tokens(self.config)
@@ -115,8 +116,11 @@ def check_version(config: ModelConfig, folder: Path) -> None:
                                 "run: pip install --upgrade onnxruntime (needs Python 3.11 or newer)")
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int, ops: set[str]) -> ort.SessionOptions:
+    """For a graph made of these op types."""
     options = ort.SessionOptions()
+    if "MatMulNBits" not in ops:    # which is slow on weights as stored; all else only gains a second copy of them
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # leave the CPU to others
     options.log_severity_level = 4

@@ -92,7 +92,7 @@ def test_inputs_longer_than_a_run_of_the_session_are_split(pair, monkeypatch):
     same(expected, found, F32)
     last = engine.forward(ids, engine.new_state())
     assert last.shape == (1, engine.config.vocab_size)
-    assert np.array_equal(last[0], found[-1])
+    assert_close(found[-1], last[0], 1e-5)      # one row of logits is summed in another order than many
     assert state.last_logits is not None and np.array_equal(state.last_logits, found[-1])
 
 

@@ -23,7 +23,7 @@ struct KernelInfo;      // of a node, when its kernel is created
 struct KernelContext;   // of a node, when it runs
 
 enum ErrorCode : int { FAIL = 1, INVALID_ARGUMENT = 2, RUNTIME_EXCEPTION = 6, NOT_IMPLEMENTED = 9 };
-enum ElementType : int { FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, DOUBLE = 11 };
+enum ElementType : int { FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, FLOAT16 = 10, DOUBLE = 11 };
 
 struct ApiBase {
     const void* const* (*GetApi)(uint32_t version);     // the table; null if this ONNX Runtime is older

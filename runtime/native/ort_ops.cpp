@@ -14,9 +14,13 @@ constexpr int64_t MAX_THREADS = 1024;
 
 struct Registered {
     Registration registration;
-    Op ops[6] = {make_op<SpikeEncode>(&registration),          make_op<SpikeLinear>(&registration),
-                 make_op<GatedLinearAttention>(&registration), make_op<RotaryAngles>(&registration),
-                 make_op<SlidingWindowAttention>(&registration), make_op<SpikingWindowAttention>(&registration)};
+    Op ops[7] = {make_op<SpikeEncode>(&registration),
+                 make_op<SpikeLinear>(&registration),
+                 make_op<SpikeLinear4>(&registration),
+                 make_op<GatedLinearAttention>(&registration),
+                 make_op<RotaryAngles>(&registration),
+                 make_op<SlidingWindowAttention>(&registration),
+                 make_op<SpikingWindowAttention>(&registration)};
     Registered* next = nullptr;
 };
 

@@ -19,6 +19,14 @@ void to_int32(const float* counts, int64_t n, int32_t* whole) {
     }
 }
 
+// The stripe of a weight of `out` outputs: a part of them that the kernels take.
+int64_t stripe_of(Checked& node, int64_t stripe, int64_t out) {
+    if (stripe > 0 && (stripe == out || (stripe % OUTPUT_BLOCK == 0 && out % stripe == 0))) return stripe;
+    node.fail("stripes of %lld outputs, expected a multiple of %lld that divides %lld", (long long)stripe,
+              (long long)OUTPUT_BLOCK, (long long)out);
+    return out > 0 ? out : 1;
+}
+
 }  // namespace
 
 // --- SpikeEncode ---------------------------------------------------------------------------------------------------
@@ -61,7 +69,12 @@ void SpikeEncode::run(Run& run) const {
 void Int8Weights::build(Checked& node, const Tensors& given) {
     node.expect(given.scales, "scales", {ANY, ANY});
     const int64_t groups = given.scales.shape.dims[0], out = given.scales.shape.dims[1], m = given.values.size();
-    node.expect(given.codes, "codes", {groups, SBEDGE_GROUP, out});
+    if (given.codes.shape.rank == 4) {
+        layer.stripe = stripe_of(node, given.codes.shape.dims[3], out);
+        node.expect(given.codes, "codes", {out / layer.stripe, groups, SBEDGE_GROUP, layer.stripe});
+    } else {
+        node.expect(given.codes, "codes", {groups, SBEDGE_GROUP, out});
+    }
     node.expect(given.values, "residual_values", {m});
     node.expect(given.inputs, "residual_inputs", {m});
     node.expect(given.outputs, "residual_outputs", {m});
@@ -153,6 +166,46 @@ void SpikeLinear::run(Run& run) const {
     layer.scales = static_cast<const float*>(run.data(SCALES));
     multiply(run, layer.in, layer.out, layer.in * layer.out, [&](auto... arguments) {
         return sbedge_spike_matmul_w8(&layer, arguments...);
+    });
+}
+
+// --- SpikeLinear4 --------------------------------------------------------------------------------------------------
+
+namespace {
+
+enum SpikeLinear4Input { NIBBLES = 2, SCALES_4, ZEROS };
+
+sbedge_w4 layer_of(Checked& node, const Tensor& nibbles, const Tensor& scales, const Tensor& zeros) {
+    node.expect(nibbles, "nibbles", {ANY, ANY, ANY});
+    node.expect(scales, "scales", {ANY, ANY});
+    const int64_t groups = scales.shape.dims[0], out = scales.shape.dims[1], in = nibbles.shape.dims[1];
+    const int64_t group = groups ? in / groups : 0;
+    sbedge_w4 layer{};
+    layer.in = in, layer.out = out, layer.group = group;
+    layer.stripe = stripe_of(node, 2 * nibbles.shape.dims[2], out);
+    node.expect(nibbles, "nibbles", {out / layer.stripe, groups * group, layer.stripe / 2});
+    node.expect(zeros, "zeros", {groups, out});
+    if (!node.failed() && ((group != 32 && group != 128) || out % OUTPUT_BLOCK))
+        node.fail("groups of %lld inputs and %lld outputs, expected 32 or 128 inputs and a multiple of %lld outputs",
+                  (long long)group, (long long)out, (long long)OUTPUT_BLOCK);
+    return layer;
+}
+
+}  // namespace
+
+void SpikeLinear4::create(Construction& node) {
+    const Tensor nibbles = node.constant(NIBBLES), scales = node.constant(SCALES_4), zeros = node.constant(ZEROS);
+    constant_ = nibbles.value && scales.value && zeros.value;
+    if (constant_) layer_ = layer_of(node, nibbles, scales, zeros);
+}
+
+void SpikeLinear4::run(Run& run) const {
+    sbedge_w4 layer = constant_ ? layer_ : layer_of(run, run.input(NIBBLES), run.input(SCALES_4), run.input(ZEROS));
+    layer.nibbles = static_cast<const uint8_t*>(run.data(NIBBLES));
+    layer.scales = static_cast<const uint16_t*>(run.data(SCALES_4));
+    layer.zeros = static_cast<const uint8_t*>(run.data(ZEROS));
+    multiply(run, layer.in, layer.out, layer.in * layer.out / 2, [&](auto... arguments) {
+        return sbedge_spike_matmul_w4(&layer, arguments...);
     });
 }
 

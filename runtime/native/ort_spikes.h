@@ -23,7 +23,7 @@ private:
 // in the order of input channels.
 class Int8Weights {
 public:
-    // codes uint8 [K/128, 128, N], each code + 128; scales [K/128, N];
+    // codes uint8 [K/128, 128, N] or, in stripes of S outputs, [N/S, K/128, 128, S], each code + 128; scales [K/128, N];
     // at inputs[j], outputs[j] (int64 [m]) a code lacks values[j] / its scale.
     struct Tensors {
         Tensor codes, scales, inputs, outputs, values;
@@ -48,6 +48,18 @@ public:
 private:
     Int8Weights weights_;
     bool constant_ = false;     // the weights never change: weights_ was built when the kernel was created
+};
+
+// count [1, n, K], threshold [1, n, 1], nibbles uint8 [N/S, K, S/2], scales float16 and zeros uint8 [K/g, N] -> y [1, n, N]
+class SpikeLinear4 {
+public:
+    static constexpr Signature signature{"SpikeLinear4", {FLOAT, FLOAT, UINT8, FLOAT16, UINT8}, {FLOAT}};
+    void create(Construction& node);
+    void run(Run& run) const;
+
+private:
+    sbedge_w4 layer_{};
+    bool constant_ = false;
 };
 
 }  // namespace ort
