@@ -81,8 +81,8 @@ def checked_recipe(checkpoint: Checkpoint, quant: str, embedding_quant: str | No
         raise ExportError(f"{checkpoint.folder}: hidden size {D} allows spike counts beyond {MAX_COUNT}, "
                           "which an int8 export cannot sum exactly; use --quant f32")
     if quant.endswith("-spike") and largest_count(config) > MAX_DIGITS_COUNT:
-        raise ExportError(f"spike k {k:g} allows spike counts beyond {MAX_DIGITS_COUNT}, which an ONNX export cannot sum "
-                          "exactly; choose a smaller --spike-k")
+        raise ExportError(f"spike k {k:g} allows spike counts beyond {MAX_DIGITS_COUNT}, which an ONNX export cannot "
+                          "sum exactly; choose a smaller --spike-k")
     return Recipe(quant, embedding_quant, config)
 
 

@@ -66,9 +66,10 @@ def write_w4(checkpoint: Checkpoint, weight: str, data: DataFile, advance: Advan
 
     def stripes() -> Iterator[np.ndarray]:
         for start in range(0, N, stripe):
-            nibbles, scales[:, start:start + stripe], zeros[:, start:start + stripe] = weight_nibbles(
-                checkpoint, weight, start, start + stripe)
-            yield nibbles
+            w4 = weight_nibbles(checkpoint, weight, start, start + stripe)
+            assert w4.zeros is not None
+            scales[:, start:start + stripe], zeros[:, start:start + stripe] = w4.scales, w4.zeros
+            yield w4.nibbles
             advance(weight, stripe * K)
 
     return [data.append(f"{weight}.nibbles", np.uint8, (N // stripe, K, stripe // 2), stripes()),

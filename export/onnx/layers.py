@@ -89,13 +89,14 @@ class Layers:
         """`x` as spikes where the model spikes; one encoding serves all linears that read it."""
         if not self.config.spike_k:
             return x
-        zone = {"dead_zone": self.config.dead_zone} if self.config.dead_zone else {}
-        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=self.config.spike_k, **zone))
+        zone = {"dead_zone": float(self.config.dead_zone)} if self.config.dead_zone else {}
+        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=float(self.config.spike_k), **zone))
 
     # --- linear layers: x [1, n, K] -> [1, n, N] ---------------------------------------------------
     def linear(self, name: str, x: str | Spikes) -> str:
-        # The 8 bits of a W8ASpike checkpoint are spiking ones.
-        quant = "w8-spike" if (self.recipe.linear, self.checkpoint.is_w8aspike) == ("int8", True) else self.recipe.linear
+        quant = self.recipe.linear
+        if quant == "int8" and self.checkpoint.is_w8aspike:
+            quant = "w8-spike"      # its 8 bits are spiking ones
         layout = event_layout(self.checkpoint, name + ".weight", quant)
         if isinstance(x, Spikes) and layout:
             return self.add_bias(name, self.spike_linear(name, x, layout))

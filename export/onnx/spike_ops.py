@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 # x [..., channels] -> count [..., channels] (whole numbers), threshold [..., 1]
-#   threshold = clip(mean|x| / k, 1e-5, 1e4)      count = round_half_even(x / threshold), or 0 if |x| < dead_zone * mean|x|
+#   threshold = clip(mean|x| / k, 1e-5, 1e4)
+#   count = round_half_even(x / threshold), or 0 if |x| < dead_zone * mean|x|
 SPIKE_ENCODE = """
 SpikeEncode <k, dead_zone: float = 0.0> (x) => (count, threshold) {
     last = Constant <value_ints = [-1]> ()
@@ -44,25 +45,26 @@ CONSTANTS = """
 
 def digit_sums(digits: int, zero: str) -> str:
     """From `count` and `codes` to `whole`; `zero` is the zero point of the codes, as a further argument, or nothing."""
-    lines, rest, parts = [], "rows", []
+    split, rest = "", "rows"
     for d in range(digits - 1):
-        lines.append(f"""
+        split += f"""
     raised_{d} = Add ({rest}, offset)
     quotient_{d} = Div (raised_{d}, base)
-    rest_{d} = Floor (quotient_{d})
-    carried_{d} = Mul (rest_{d}, base)
-    digit_{d} = Sub ({rest}, carried_{d})""")
-        parts.append(f"digit_{d}")
-        rest = f"rest_{d}"
-    total, combine = f"sums_{digits - 1}", []
+    higher_{d} = Floor (quotient_{d})
+    higher_part_{d} = Mul (higher_{d}, base)
+    digit_{d} = Sub ({rest}, higher_part_{d})"""
+        rest = f"higher_{d}"
+    combined, total = "", f"sums_{digits - 1}"
     for d in reversed(range(digits - 1)):
-        combine.append(f"""
+        combined += f"""
     shifted_{d} = Mul ({total}, base_int)
-    total_{d} = Add (sums_{d}, shifted_{d})""")
+    total_{d} = Add (sums_{d}, shifted_{d})"""
         total = f"total_{d}"
+    all_digits = ", ".join([*(f"digit_{d}" for d in range(digits - 1)), rest])
+    all_sums = ", ".join(f"sums_{d}" for d in range(digits))
     return f"""
-    rows = Squeeze (count, same_1d){"".join(lines)}
-    digits = Concat <axis = 0> ({", ".join([*parts, rest])})
+    rows = Squeeze (count, same_1d){split}
+    digits = Concat <axis = 0> ({all_digits})
     group = Shape <start = -2, end = -1> (codes)
     group_shape = Concat <axis = 0> (same_1d, flat_1d, group)
     grouped = Reshape (digits, group_shape)
@@ -77,15 +79,15 @@ def digit_sums(digits: int, zero: str) -> str:
     side_by_side = Transpose <perm = [1, 2, 0, 3]> (striped)
     joined_shape = Concat <axis = 0> (same_1d, same_1d, flat_1d)
     joined = Reshape (side_by_side, joined_shape)
-    {", ".join(f"sums_{d}" for d in range(digits))} = Split <axis = 1, num_outputs = {digits}> (joined){"".join(combine)}
+    {all_sums} = Split <axis = 1, num_outputs = {digits}> (joined){combined}
     whole = Identity ({total})
 """
 
 
 # count [1, n, K], threshold [1, n, 1] -> y [1, n, N] = threshold * (count @ weight)
-#   weight[i, o] = (codes[i, o] - 128) * scales[i // 128, o]    input-channel-major, uint8 [K/128, 128, N] or, in stripes
-#                                                               of S outputs, [N/S, K/128, 128, S]
-#                + residual_values[j] at [residual_inputs[j], residual_outputs[j]]    codes beyond int8
+#   weight[i, o] = (codes[i, o] - 128) * scales[i // 128, o]
+#                + residual_values[j] at [residual_inputs[j], residual_outputs[j]], of codes beyond int8
+#   codes, input-channel-major: uint8 [K/128, 128, N] or, in stripes of S outputs, [N/S, K/128, 128, S]
 # The residual: one token at a time, gather inputs, times values, scatter-add to outputs.
 def spike_linear(digits: int) -> str:
     return """
