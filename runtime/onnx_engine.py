@@ -43,12 +43,13 @@ class OnnxEngine:
         folder = Path(folder)
         config, ops = open_folder(folder)
         self.config: ModelConfig = config
-        check_version(self.config, folder)
         self.layout = state_layout(self.config)
         threads = threads or available_cpus()
         options = session_options(threads, ops)
         library = load_native()
         self.traffic = register_kernels(options, library, threads) if library else None
+        if not self.traffic:
+            check_version(self.config, folder)
         self.chunk = NATIVE_CHUNK if self.traffic else chunk_tokens(self.config)
         self._session = open_session(folder, options)
         self._run_options = ort.RunOptions()
@@ -109,11 +110,13 @@ class OnnxEngine:
 
 
 def check_version(config: ModelConfig, folder: Path) -> None:
-    """Before 1.29 LinearAttention was missing, or wrong for query heads that share a state."""
+    """Of the onnxruntime that runs the bodies of our ops: before 1.29 LinearAttention was missing, or wrong for query
+    heads that share a state."""
     found = tuple(int(part) for part in ort.__version__.split(".")[:2])
     if found < LINEAR_ATTENTION and len(config.attn_layers) < config.num_hidden_layers:
         raise EngineUnavailable(f"{folder}: its GLA layers need onnxruntime 1.29 or newer, found {ort.__version__}; "
-                                "run: pip install --upgrade onnxruntime (needs Python 3.11 or newer)")
+                                "run: pip install --upgrade onnxruntime (needs Python 3.11 or newer), or install sbedge "
+                                "where there is a C++ compiler: its own kernels need no newer one")
 
 
 def session_options(threads: int, ops: set[str]) -> ort.SessionOptions:
