@@ -42,7 +42,7 @@ def register_kernels(options: ort.SessionOptions, library: NativeLibrary, thread
     options.add_session_config_entry("ai.sbedge.threads", str(threads))
     options.add_session_config_entry("ai.sbedge.id", str(id))
     try:
-        options.register_custom_ops_library(str(library.path))
+        options.register_custom_ops_library(str(library.path.resolve()))
     except Exception as error:      # onnxruntime raises many kinds, with no common base
         reason = " ".join(str(error).split())[:300]
         warnings.warn(f"{library.path}: onnxruntime {ort.__version__} cannot use it ({reason}); "

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from sbedge.export.onnx import events, ops
+from sbedge.export.onnx.spike_ops import GROUPS
 from sbedge.quant.event_layout import quantize_w4, to_stripes
 from sbedge.reference import rope_angles
 from sbedge.runtime.native.library import load_native
@@ -176,6 +177,32 @@ def test_spiking_linears_in_4_bits_are_exact(native, group, N, stripe):
         halves = np.stack([weight.nibbles.reshape(K, -1, 32) & 15, weight.nibbles.reshape(K, -1, 32) >> 4], axis=2)
         exact = count[0] @ ((halves.reshape(K, N) - np.repeat(weight.zeros.astype(float), group, axis=0)) * codes) * 0.5
         np.testing.assert_allclose(y, exact, rtol=0, atol=np.abs(exact).max() * 1e-6)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("members", [2, 3])
+@pytest.mark.parametrize("n", [1, 40])
+def test_linears_of_one_input_together_are_the_same_as_each_alone(n, members, native):
+    rng = np.random.default_rng(n)
+    widths = [(192, 64), (70, None), (300, None)][:members]
+    parts = [spiking_linear(rng, n, 256, N, beyond=0.02, stripe=stripe)[0] for N, stripe in widths]
+    shared = {name: parts[0][name] for name in ("count", "threshold")}
+    weights = {f"{name}_{m}": array for m, inputs in enumerate(parts) for name, array in list(inputs.items())[2:]}
+    outputs = {f"y_{m}": np.float32 for m in range(members)}
+    for constants in (list(weights), []):
+        together = Node("SpikeLinear" + GROUPS[members], {**shared, **weights}, outputs, constants, native)()
+        for m, inputs in enumerate(parts):
+            alone = Node("SpikeLinear", {**inputs, **shared}, Y, list(inputs)[2:], native)()["y"]
+            np.testing.assert_array_equal(together[f"y_{m}"], alone)
+
+
+def test_linears_together_must_read_the_same_input():
+    rng = np.random.default_rng(0)
+    first, second = spiking_linear(rng, 1, 256, 64)[0], spiking_linear(rng, 1, 128, 64)[0]
+    weights = {f"{name}_{m}": array for m, inputs in enumerate((first, second))
+               for name, array in list(inputs.items())[2:]}
+    refused(r"count is \[1, 1, 256\], expected \[1, any, 128\]", "SpikeLinearPair",
+            {"count": first["count"], "threshold": first["threshold"], **weights}, {"y_0": np.float32, "y_1": np.float32})
 
 
 def test_a_residual_may_come_in_any_order():

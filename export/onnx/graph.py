@@ -36,7 +36,7 @@ class Graph(Layers):
 
     def gla_layer(self, i: int, attn: str, x: str) -> str:
         spiked = self.spiked(x)
-        q, k, v = (self.linear(f"{attn}{name}_proj", spiked) for name in "qkv")
+        q, k, v = self.linears([f"{attn}{name}_proj" for name in "qkv"], spiked)
         if self.config.gate_rank:
             gate = self.linear(attn + "gk_proj.1", self.linear(attn + "gk_proj.0", x))
         else:
@@ -48,7 +48,7 @@ class Graph(Layers):
 
     def window_layer(self, i: int, attn: str, x: str) -> str:
         spiked = self.spiked(x)
-        q, k, v = (self.linear(f"{attn}{name}_proj", spiked) for name in "qkv")
+        q, k, v = self.linears([f"{attn}{name}_proj" for name in "qkv"], spiked)
         op, parts, extra = "SlidingWindowAttention", ["key", "value"], {}
         if self.config.int8_window:
             op, parts = "SpikingWindowAttention", ["key", "key_scale", "value", "value_scale"]
@@ -61,7 +61,7 @@ class Graph(Layers):
     def ffn(self, mlp: str, x: str) -> str:
         """down(silu(gate(x)) * up(x)); the input of down spikes if the model says so (W8ASpike does not)."""
         spiked = self.spiked(x)
-        gate, up = self.linear(mlp + "gate_proj", spiked), self.linear(mlp + "up_proj", spiked)
+        gate, up = self.linears([mlp + "gate_proj", mlp + "up_proj"], spiked)
         silu = self.node("Mul", [gate, self.node("Sigmoid", [gate])])
         h = self.node("Mul", [silu, up])
         return self.linear(mlp + "down_proj", self.spiked(h) if self.config.spike_down else h)

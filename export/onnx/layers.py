@@ -16,6 +16,7 @@ from sbedge.quant.blocks import BLOCK, Blocks, quantize_blocks
 
 from . import ops
 from .events import write_w4, write_w8
+from .spike_ops import GROUPS
 from .weights import DataFile, same_bytes
 
 BITS = {"int8": 8, "int4": 4}
@@ -52,8 +53,7 @@ class Layers:
         self.nodes: list[NodeProto] = []
         self.value_info: list[ValueInfoProto] = []
         self.initializers: dict[str, TensorProto] = {}
-        self.events: dict[str, list[str]] = {}      # weight -> its initializers in an event layout
-        self.padded: dict[str, str] = {}            # counts -> the same up to a whole group of inputs
+        self.padded: dict[str, str] = {}    # counts -> the same up to a whole group of inputs
         self.bytes_per_weight = {name: checkpoint.rows(name, 0, 1).itemsize for name in checkpoint.names()}
         self.total = sum(prod(checkpoint.shapes[name]) * size for name, size in self.bytes_per_weight.items())
         self.done = 0
@@ -93,13 +93,24 @@ class Layers:
         return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=float(self.config.spike_k), **zone))
 
     # --- linear layers: x [1, n, K] -> [1, n, N] ---------------------------------------------------
-    def linear(self, name: str, x: str | Spikes) -> str:
+    def linears(self, names: list[str], x: str | Spikes) -> list[str]:
+        """Linears of one input; spiking ones of one layout are one node."""
+        layouts = {self.event_layout(name) for name in names}
+        layout = layouts.pop()
+        if not isinstance(x, Spikes) or layout is None or layouts:
+            return [self.linear(name, x) for name in names]
+        return [self.add_bias(name, y) for name, y in zip(names, self.spike_linears(names, x, layout), strict=True)]
+
+    def event_layout(self, name: str) -> str | None:
         quant = self.recipe.linear
         if quant == "int8" and self.checkpoint.is_w8aspike:
             quant = "w8-spike"      # its 8 bits are spiking ones
-        layout = event_layout(self.checkpoint, name + ".weight", quant)
+        return event_layout(self.checkpoint, name + ".weight", quant)
+
+    def linear(self, name: str, x: str | Spikes) -> str:
+        layout = self.event_layout(name)
         if isinstance(x, Spikes) and layout:
-            return self.add_bias(name, self.spike_linear(name, x, layout))
+            return self.add_bias(name, self.spike_linears([name], x, layout)[0])
         if isinstance(x, Spikes):
             x = self.node("Mul", [x.count, x.threshold])
         # The two small gate projections decide what a state forgets: they stay exact.
@@ -123,17 +134,18 @@ class Layers:
         bias = name + ".bias"
         return self.node("Add", [y, self.stored(bias)]) if bias in self.checkpoint.shapes else y
 
-    def spike_linear(self, name: str, x: Spikes, layout: str) -> str:
-        """A linear on spikes with its weight in layout "w8" or "w4"."""
+    def spike_linears(self, names: list[str], x: Spikes, layout: str) -> list[str]:
+        """One node of linears on spikes with their weights in layout "w8" or "w4"."""
         op, write = ("SpikeLinear", write_w8) if layout == "w8" else ("SpikeLinear4", write_w4)
-        weight = name + ".weight"
-        parts = self.events.get(weight)
-        if not parts:
-            tensors = write(self.checkpoint, weight, self.data, self.advance)
+        parts: list[str] = []
+        for name in names:
+            tensors = write(self.checkpoint, name + ".weight", self.data, self.advance)
             self.initializers |= {tensor.name: tensor for tensor in tensors}
-            parts = self.events[weight] = [tensor.name for tensor in tensors]
-        count = self.whole_groups(x.count, self.checkpoint.shapes[weight][1]) if layout == "w8" else x.count
-        return self.own(op, [count, x.threshold, *parts], ["y"])[0]
+            parts += [tensor.name for tensor in tensors]
+        channels = self.checkpoint.shapes[names[0] + ".weight"][1]
+        count = self.whole_groups(x.count, channels) if layout == "w8" else x.count
+        outputs = [f"y_{i}" for i in range(len(names))]
+        return self.own(op + GROUPS.get(len(names), ""), [count, x.threshold, *parts], outputs)
 
     def whole_groups(self, count: str, channels: int) -> str:
         """Counts [1, n, channels] with silent channels up to a whole group of inputs, as SpikeLinear takes them."""

@@ -10,7 +10,7 @@ from onnx import FunctionProto, parser
 
 from sbedge.config import ModelConfig
 
-from .spike_ops import SPIKE_ENCODE, spike_linear, spike_linear_4
+from .spike_ops import GROUPS, PARTS, SPIKE_ENCODE, group, spike_linear, spike_linear_4
 
 DOMAIN = "ai.sbedge"
 VERSION = 1
@@ -264,7 +264,8 @@ def functions(used: set[str] | None = None, digits: int = 2) -> list[FunctionPro
 
     digits   base-256 digits that hold the spike counts of linears: 2 up to MAX_COUNT, 3 beyond
     """
-    bodies = [*BODIES, spike_linear(digits), spike_linear_4(digits)]
+    bodies = [*BODIES, spike_linear(digits), spike_linear_4(digits),
+              *(group(op, op + suffix, members) for op in PARTS for members, suffix in GROUPS.items())]
     parsed = {function.name: function for function in (parser.parse_function(HEADER + body) for body in bodies)}
     wanted = set(parsed) if used is None else set(used)
     for name in list(wanted):

@@ -1,6 +1,11 @@
 """The bodies of our spiking ops; see ops.py."""
 from __future__ import annotations
 
+# What a spiking linear takes after counts and thresholds.
+PARTS = {"SpikeLinear": ("codes", "scales", "residual_inputs", "residual_outputs", "residual_values"),
+         "SpikeLinear4": ("nibbles", "scales", "zeros")}
+GROUPS = {2: "Pair", 3: "Triple"}
+
 # x [..., channels] -> count [..., channels] (whole numbers), threshold [..., 1]
 #   threshold = clip(mean|x| / k, 1e-5, 1e4)
 #   count = round_half_even(x / threshold), or 0 if |x| < dead_zone * mean|x|
@@ -109,6 +114,15 @@ SpikeLinear (count, threshold, codes, scales, residual_inputs, residual_outputs,
     y = Mul (total, threshold)
 }
 """
+
+
+def group(op: str, name: str, members: int) -> str:
+    """A body of several linears of one input: count, threshold, then the weights of each."""
+    weights = [[f"{part}_{m}" for part in PARTS[op]] for m in range(members)]
+    lines = "".join(f"    y_{m} = ai.sbedge.{op} (count, threshold, {', '.join(parts)})\n"
+                    for m, parts in enumerate(weights))
+    inputs = ", ".join(part for parts in weights for part in parts)
+    return f"{name} (count, threshold, {inputs}) => ({', '.join(f'y_{m}' for m in range(members))}) {{\n{lines}}}"
 
 
 # The same in 4 bits: weight[i, o] = (nibbles[i, o] - zeros[i // g, o]) * scales[i // g, o]

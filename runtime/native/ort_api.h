@@ -47,7 +47,6 @@ constexpr Entry<90, Status*(const KernelContext*, size_t, const Value**)> Kernel
 constexpr Entry<91, Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)> KernelContext_GetOutput;
 constexpr Entry<93, void(Status*)> ReleaseStatus;
 constexpr Entry<99, void(TensorInfo*)> ReleaseTensorTypeAndShapeInfo;
-constexpr Entry<101, void(CustomOpDomain*)> ReleaseCustomOpDomain;
 constexpr Entry<237, Status*(const SessionOptions*, const char*, int*)> HasSessionConfigEntry;
 constexpr Entry<238, Status*(const SessionOptions*, const char*, char*, size_t*)> GetSessionConfigEntry;
 constexpr Entry<249, Status*(const KernelInfo*, size_t, int*, const Value**)> KernelInfoGetConstantInput_tensor;

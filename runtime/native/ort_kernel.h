@@ -177,7 +177,7 @@ void Run::parallel(int64_t most, F f) {
 // Types of inputs and outputs, ended by 0.
 struct Signature {
     const char* name;
-    int inputs[11], outputs[6];
+    int inputs[18], outputs[6];
 };
 
 struct Op : CustomOp {

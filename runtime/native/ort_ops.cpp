@@ -14,13 +14,17 @@ constexpr int64_t MAX_THREADS = 1024;
 
 struct Registered {
     Registration registration;
-    Op ops[7] = {make_op<SpikeEncode>(&registration),
-                 make_op<SpikeLinear>(&registration),
-                 make_op<SpikeLinear4>(&registration),
-                 make_op<GatedLinearAttention>(&registration),
-                 make_op<RotaryAngles>(&registration),
-                 make_op<SlidingWindowAttention>(&registration),
-                 make_op<SpikingWindowAttention>(&registration)};
+    Op ops[11] = {make_op<SpikeEncode>(&registration),
+                  make_op<SpikeLinears<Int8Weight, 1>>(&registration),
+                  make_op<SpikeLinears<Int8Weight, 2>>(&registration),
+                  make_op<SpikeLinears<Int8Weight, 3>>(&registration),
+                  make_op<SpikeLinears<Int4Weight, 1>>(&registration),
+                  make_op<SpikeLinears<Int4Weight, 2>>(&registration),
+                  make_op<SpikeLinears<Int4Weight, 3>>(&registration),
+                  make_op<GatedLinearAttention>(&registration),
+                  make_op<RotaryAngles>(&registration),
+                  make_op<SlidingWindowAttention>(&registration),
+                  make_op<SpikingWindowAttention>(&registration)};
     Registered* next = nullptr;
 };
 
@@ -44,11 +48,11 @@ Status* read_option(const Api& api, const SessionOptions* options, const char* k
 }
 
 Status* add_ops(const Api& api, SessionOptions* options, Registered* made) {
-    CustomOpDomain* domain = nullptr;
-    if (Status* status = api(CreateCustomOpDomain, static_cast<const char*>(DOMAIN), &domain)) return status;
+    CustomOpDomain* domain = nullptr;   // lives as long as the process, like the ops in it
+    Status* status = api(CreateCustomOpDomain, static_cast<const char*>(DOMAIN), &domain);
     for (const Op& op : made->ops)
-        if (Status* status = api(CustomOpDomain_Add, domain, static_cast<const CustomOp*>(&op))) return status;
-    return api(AddCustomOpDomain, options, domain);
+        if (!status) status = api(CustomOpDomain_Add, domain, static_cast<const CustomOp*>(&op));
+    return status ? status : api(AddCustomOpDomain, options, domain);
 }
 
 Status* register_ops(SessionOptions* options, const ApiBase* base) {

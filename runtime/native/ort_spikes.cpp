@@ -64,30 +64,31 @@ void SpikeEncode::run(Run& run) const {
     });
 }
 
-// --- SpikeLinear ---------------------------------------------------------------------------------------------------
+// --- weights -------------------------------------------------------------------------------------------------------
 
-void Int8Weights::build(Checked& node, const Tensors& given) {
-    node.expect(given.scales, "scales", {ANY, ANY});
-    const int64_t groups = given.scales.shape.dims[0], out = given.scales.shape.dims[1], m = given.values.size();
-    if (given.codes.shape.rank == 4) {
-        layer.stripe = stripe_of(node, given.codes.shape.dims[3], out);
-        node.expect(given.codes, "codes", {out / layer.stripe, groups, SBEDGE_GROUP, layer.stripe});
+void Int8Weight::build(Checked& node, const Tensor (&given)[PARTS]) {
+    const auto& [codes, scales, inputs, outputs, values] = given;
+    node.expect(scales, "scales", {ANY, ANY});
+    const int64_t groups = scales.shape.dims[0], out = scales.shape.dims[1], m = values.size();
+    if (codes.shape.rank == 4) {
+        layer_.stripe = stripe_of(node, codes.shape.dims[3], out);
+        node.expect(codes, "codes", {out / layer_.stripe, groups, SBEDGE_GROUP, layer_.stripe});
     } else {
-        node.expect(given.codes, "codes", {groups, SBEDGE_GROUP, out});
+        node.expect(codes, "codes", {groups, SBEDGE_GROUP, out});
     }
-    node.expect(given.values, "residual_values", {m});
-    node.expect(given.inputs, "residual_inputs", {m});
-    node.expect(given.outputs, "residual_outputs", {m});
-    layer.in = groups * SBEDGE_GROUP;
-    layer.out = out;
-    layer.unsigned_codes = 1;
+    node.expect(inputs, "residual_inputs", {m});
+    node.expect(outputs, "residual_outputs", {m});
+    node.expect(values, "residual_values", {m});
+    layer_.in = groups * SBEDGE_GROUP;
+    layer_.out = out;
+    layer_.unsigned_codes = 1;
     if (m) build_residual(node, given);
 }
 
-void Int8Weights::build_residual(Checked& node, const Tensors& given) {
-    const int64_t m = given.values.size(), rows = layer.in, out = layer.out;
-    const int64_t *input = given.inputs.as<int64_t>(), *output = given.outputs.as<int64_t>();
-    const float *value = given.values.as<float>(), *scales = given.scales.as<float>();
+void Int8Weight::build_residual(Checked& node, const Tensor (&given)[PARTS]) {
+    const int64_t m = given[4].size(), rows = layer_.in, out = layer_.out;
+    const float *scales = given[1].as<float>(), *value = given[4].as<float>();
+    const int64_t *input = given[2].as<int64_t>(), *output = given[3].as<int64_t>();
     if (node.failed()) return;
     if (m > INT32_MAX) return node.fail("%lld residual values, more than fit int32", (long long)m);
     start_.reset(new (std::nothrow) int32_t[rows + 2]());
@@ -116,23 +117,81 @@ void Int8Weights::build_residual(Checked& node, const Tensors& given) {
                 std::swap(output_[j - 1], output_[j]);
                 std::swap(value_[j - 1], value_[j]);
             }
-    layer.residual_start = start_.get();
-    layer.residual_output = output_.get();
-    layer.residual_value = value_.get();
+    layer_.residual_start = start_.get();
+    layer_.residual_output = output_.get();
+    layer_.residual_value = value_.get();
 }
 
-namespace {
+sbedge_w8 Int8Weight::bound(Run& run, size_t first) const {
+    Layer layer = layer_;
+    layer.codes = static_cast<const int8_t*>(run.data(first));
+    layer.scales = static_cast<const float*>(run.data(first + 1));
+    return layer;
+}
 
-enum SpikeLinearInput { COUNT, THRESHOLD, CODES, SCALES, RESIDUAL_INPUTS, RESIDUAL_OUTPUTS, RESIDUAL_VALUES };
+void Int4Weight::build(Checked& node, const Tensor (&given)[PARTS]) {
+    const auto& [nibbles, scales, zeros] = given;
+    node.expect(nibbles, "nibbles", {ANY, ANY, ANY});
+    node.expect(scales, "scales", {ANY, ANY});
+    const int64_t groups = scales.shape.dims[0], out = scales.shape.dims[1], in = nibbles.shape.dims[1];
+    const int64_t group = groups ? in / groups : 0;
+    layer_.in = in, layer_.out = out, layer_.group = group;
+    layer_.stripe = stripe_of(node, 2 * nibbles.shape.dims[2], out);
+    node.expect(nibbles, "nibbles", {out / layer_.stripe, groups * group, layer_.stripe / 2});
+    node.expect(zeros, "zeros", {groups, out});
+    if (!node.failed() && ((group != 32 && group != 128) || out % OUTPUT_BLOCK))
+        node.fail("groups of %lld inputs and %lld outputs, expected 32 or 128 inputs and a multiple of %lld outputs",
+                  (long long)group, (long long)out, (long long)OUTPUT_BLOCK);
+}
 
-// y = threshold * count @ weight; `matmul` is a kernel without its first argument.
-template <class Matmul>
-void multiply(Run& run, int64_t in, int64_t out, int64_t weight_bytes, Matmul matmul) {
-    const Tensor count = run.input(COUNT), threshold = run.input(THRESHOLD);
-    const int64_t n = count.shape.dims[1];
-    run.expect(count, "count", {1, ANY, in});
+sbedge_w4 Int4Weight::bound(Run& run, size_t first) const {
+    Layer layer = layer_;
+    layer.nibbles = static_cast<const uint8_t*>(run.data(first));
+    layer.scales = static_cast<const uint16_t*>(run.data(first + 1));
+    layer.zeros = static_cast<const uint8_t*>(run.data(first + 2));
+    return layer;
+}
+
+// --- linears -------------------------------------------------------------------------------------------------------
+
+template <class Weight, int M>
+void SpikeLinears<Weight, M>::create(Construction& node) {
+    for (int m = 0; m < M; ++m) {
+        Tensor given[Weight::PARTS];
+        for (int i = 0; i < Weight::PARTS; ++i) {
+            given[i] = node.constant(first(m) + i);
+            constant_ = constant_ && given[i].value;
+        }
+        if (constant_) weights_[m].build(node, given);
+    }
+}
+
+template <class Weight, int M>
+void SpikeLinears<Weight, M>::run(Run& run) const {
+    if (constant_) return multiply(run, weights_);
+    Weight own[M];
+    for (int m = 0; m < M; ++m) {
+        Tensor given[Weight::PARTS];
+        for (int i = 0; i < Weight::PARTS; ++i) given[i] = run.input(first(m) + i);
+        own[m].build(run, given);
+    }
+    multiply(run, own);
+}
+
+template <class Weight, int M>
+void SpikeLinears<Weight, M>::multiply(Run& run, const Weight (&weights)[M]) const {
+    const Tensor count = run.input(0), threshold = run.input(1);
+    typename Weight::Layer layers[M];
+    float* y[M];
+    const int64_t n = count.shape.dims[1], in = count.shape.dims[2];
     run.expect(threshold, "threshold", {1, n, 1});
-    auto* y = static_cast<float*>(run.output(0, {1, n, out}));
+    int64_t most = 0;
+    for (int m = 0; m < M; ++m) {
+        layers[m] = weights[m].bound(run, first(m));
+        run.expect(count, "count", {1, ANY, layers[m].in});
+        y[m] = static_cast<float*>(run.output(m, {1, n, layers[m].out}));
+        if (layers[m].out > most) most = layers[m].out;
+    }
     if (run.failed() || !n) return;
     const Scratch::Loan scratch(run.registration.scratch, n * in * sizeof(int32_t), run);
     auto* counts = scratch.as<int32_t>();
@@ -140,74 +199,21 @@ void multiply(Run& run, int64_t in, int64_t out, int64_t weight_bytes, Matmul ma
         const Range mine = share(n, 1, ith, nth);
         to_int32(count.as<float>() + mine.begin * in, (mine.end - mine.begin) * in, counts + mine.begin * in);
     });
-    run.parallel((out + OUTPUT_BLOCK - 1) / OUTPUT_BLOCK, [&](int ith, int nth) {
-        run.registration.fetched += matmul(counts, threshold.as<float>(), n, y, out, ith, nth);
+    run.parallel((most + OUTPUT_BLOCK - 1) / OUTPUT_BLOCK, [&](int ith, int nth) {
+        int64_t fetched = 0;
+        for (int m = 0; m < M; ++m)
+            fetched += Weight::matmul(&layers[m], counts, threshold.as<float>(), n, y[m], layers[m].out, ith, nth);
+        run.registration.fetched += fetched;
     });
-    run.registration.dense += weight_bytes;
+    for (int m = 0; m < M; ++m) run.registration.dense += Weight::bytes(layers[m]);
 }
 
-}  // namespace
-
-void SpikeLinear::create(Construction& node) {
-    const Int8Weights::Tensors given{node.constant(CODES), node.constant(SCALES), node.constant(RESIDUAL_INPUTS),
-                                     node.constant(RESIDUAL_OUTPUTS), node.constant(RESIDUAL_VALUES)};
-    constant_ = given.codes.value && given.scales.value && given.inputs.value && given.outputs.value &&
-                given.values.value;
-    if (constant_) weights_.build(node, given);
-}
-
-void SpikeLinear::run(Run& run) const {
-    Int8Weights own;
-    if (!constant_)
-        own.build(run, {run.input(CODES), run.input(SCALES), run.input(RESIDUAL_INPUTS), run.input(RESIDUAL_OUTPUTS),
-                        run.input(RESIDUAL_VALUES)});
-    sbedge_w8 layer = (constant_ ? weights_ : own).layer;
-    layer.codes = static_cast<const int8_t*>(run.data(CODES));
-    layer.scales = static_cast<const float*>(run.data(SCALES));
-    multiply(run, layer.in, layer.out, layer.in * layer.out, [&](auto... arguments) {
-        return sbedge_spike_matmul_w8(&layer, arguments...);
-    });
-}
-
-// --- SpikeLinear4 --------------------------------------------------------------------------------------------------
-
-namespace {
-
-enum SpikeLinear4Input { NIBBLES = 2, SCALES_4, ZEROS };
-
-sbedge_w4 layer_of(Checked& node, const Tensor& nibbles, const Tensor& scales, const Tensor& zeros) {
-    node.expect(nibbles, "nibbles", {ANY, ANY, ANY});
-    node.expect(scales, "scales", {ANY, ANY});
-    const int64_t groups = scales.shape.dims[0], out = scales.shape.dims[1], in = nibbles.shape.dims[1];
-    const int64_t group = groups ? in / groups : 0;
-    sbedge_w4 layer{};
-    layer.in = in, layer.out = out, layer.group = group;
-    layer.stripe = stripe_of(node, 2 * nibbles.shape.dims[2], out);
-    node.expect(nibbles, "nibbles", {out / layer.stripe, groups * group, layer.stripe / 2});
-    node.expect(zeros, "zeros", {groups, out});
-    if (!node.failed() && ((group != 32 && group != 128) || out % OUTPUT_BLOCK))
-        node.fail("groups of %lld inputs and %lld outputs, expected 32 or 128 inputs and a multiple of %lld outputs",
-                  (long long)group, (long long)out, (long long)OUTPUT_BLOCK);
-    return layer;
-}
-
-}  // namespace
-
-void SpikeLinear4::create(Construction& node) {
-    const Tensor nibbles = node.constant(NIBBLES), scales = node.constant(SCALES_4), zeros = node.constant(ZEROS);
-    constant_ = nibbles.value && scales.value && zeros.value;
-    if (constant_) layer_ = layer_of(node, nibbles, scales, zeros);
-}
-
-void SpikeLinear4::run(Run& run) const {
-    sbedge_w4 layer = constant_ ? layer_ : layer_of(run, run.input(NIBBLES), run.input(SCALES_4), run.input(ZEROS));
-    layer.nibbles = static_cast<const uint8_t*>(run.data(NIBBLES));
-    layer.scales = static_cast<const uint16_t*>(run.data(SCALES_4));
-    layer.zeros = static_cast<const uint8_t*>(run.data(ZEROS));
-    multiply(run, layer.in, layer.out, layer.in * layer.out / 2, [&](auto... arguments) {
-        return sbedge_spike_matmul_w4(&layer, arguments...);
-    });
-}
+template class SpikeLinears<Int8Weight, 1>;
+template class SpikeLinears<Int8Weight, 2>;
+template class SpikeLinears<Int8Weight, 3>;
+template class SpikeLinears<Int4Weight, 1>;
+template class SpikeLinears<Int4Weight, 2>;
+template class SpikeLinears<Int4Weight, 3>;
 
 }  // namespace ort
 }  // namespace sbedge
