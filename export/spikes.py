@@ -68,16 +68,18 @@ def is_event_linear(checkpoint: Checkpoint, name: str) -> bool:
     return name.endswith(".weight") and name.split(".")[-2] in EVENT_LINEARS
 
 
-def weight_codes(checkpoint: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Integer codes [out, in] and scales [out, ceil(in/128)]: the published ones, or rounded to int8 here."""
+def weight_codes(checkpoint: Checkpoint, name: str, start: int = 0,
+                 stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Integer codes [out, in] and scales [out, ceil(in/128)] of outputs [start, stop): the published ones, or rounded
+    to int8 here."""
     if checkpoint.is_w8aspike:
-        return checkpoint.weight_codes(name)
-    return quantize_int8_groups(checkpoint.weight(name))
+        return checkpoint.weight_codes(name, start, stop)
+    return quantize_int8_groups(checkpoint.weight(name, start, stop))
 
 
-def weight_nibbles(checkpoint: Checkpoint, name: str) -> W4:
-    """The weight rounded to 4 bits with zero points."""
-    return quantize_w4(checkpoint.weight(name), W4_GROUP, zeros=True)
+def weight_nibbles(checkpoint: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> W4:
+    """The weight of outputs [start, stop) rounded to 4 bits with zero points."""
+    return quantize_w4(checkpoint.weight(name, start, stop), W4_GROUP, zeros=True)
 
 
 def event_weight(checkpoint: Checkpoint, name: str, quant: str = "w8-spike") -> np.ndarray:

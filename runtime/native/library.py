@@ -27,7 +27,7 @@ class W8(c.Structure):
     """sbedge_w8: a linear layer in int8 codes, input-channel-major."""
 
     _fields_ = (("in", _I64), ("out", _I64), ("stripe", _I64), ("codes", _P), ("scales", _P), ("bias", _P),
-                ("residual_start", _P), ("residual_output", _P), ("residual_value", _P))
+                ("residual_start", _P), ("residual_output", _P), ("residual_value", _P), ("unsigned_codes", _I64))
 
 
 class W4(c.Structure):
@@ -74,6 +74,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "gla": (None, _P, _I64, _P, _P, _P, _INT, _INT),
     "window_scratch": (_I64, _I64, _I64, _I64, _I64, _I64),
     "window": (None, _P, _I64, _I64, _P, _P, _P, _INT, _INT),
+    "ort_traffic": (_INT, _I64, _P, _P),
 }
 
 

@@ -70,6 +70,7 @@ typedef struct {
     const int32_t* residual_start;  /* [in + 1] first entry of each channel, or NULL if there is no residual */
     const int32_t* residual_output; /* [m] output of each entry, ascending within a channel */
     const int32_t* residual_value;  /* [m] what the int8 code lacks */
+    int64_t unsigned_codes;         /* not 0: `codes` holds uint8, code + 128, as ONNX models do */
 } sbedge_w8;
 
 /* The same in 4 bits. Nibbles are unsigned, 0..15. A row of `out` outputs takes out / 2 bytes: in each block of
@@ -158,6 +159,15 @@ typedef struct {
 SBEDGE_API int64_t sbedge_window_scratch(int64_t heads, int64_t groups, int64_t d, int64_t window, int64_t n);
 SBEDGE_API void sbedge_window(sbedge_window_input* in, int64_t position, int64_t n, sbedge_ring* ring, float* out,
                               float* scratch, int ith, int nth);
+
+/* --- ONNX Runtime ------------------------------------------------------------------------------------------ */
+
+/* The library is a custom op library, too: it exports RegisterCustomOps, which session options are given as a file name.
+ * Of those options it reads the entries "ai.sbedge.threads", the threads of the session's own pool to share work out
+ * over (all that this process may use if absent), and "ai.sbedge.id", a number of the caller's choice.
+ * Weight bytes that the spiking linears of sessions with such an id have fetched, and would have fetched had no channel
+ * been silent. 0, or -1 if no session options with this id were given to the library. */
+SBEDGE_API int sbedge_ort_traffic(int64_t id, int64_t* fetched, int64_t* dense);
 
 #ifdef __cplusplus
 }

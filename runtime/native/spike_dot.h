@@ -2,7 +2,7 @@
 // [output][4 rows], so that one instruction adds four rows into the int32 sums of a vector of outputs. Isa gives
 //   V, BYTES               a vector and its size; Narrow: the same with BYTES <= 32
 //   LIMIT, OFFSET, TOKENS  as in Backend
-//   load, store, broadcast (four counts), zero, low and high (nibbles of bytes), code (int8 -> what dot takes)
+//   load, store, broadcast (four counts), zero, low and high (nibbles of bytes), code (stored byte -> what dot takes)
 //   raised, lowered        high nibbles times a power of two that costs less to get, and sums of these as they should be
 //   interleave(r)          4 rows -> 4 vectors; within each 128-bit lane l, vector k holds bytes 16 l + 4 k + 0..3
 //   lanes(v)               4 such vectors (or their int32 sums) -> outputs in their natural order
@@ -109,11 +109,11 @@ struct Dot {
 
     // BYTES outputs, whose sums are left as `interleave` orders them.
     template <int QUADS, bool FIRST>
-    static void step(const Int8Layer&, V (*r)[4], const V* counts, int64_t b, int32_t* sums) {
+    static void step(const Int8Layer& layer, V (*r)[4], const V* counts, int64_t b, int32_t* sums) {
         V s[4];
         for (int k = 0; k < 4; ++k) s[k] = FIRST ? Isa::zero() : Isa::load(sums + b + k * QUARTER);
         for (int q = 0; q < QUADS; ++q) {
-            for (int k = 0; k < 4; ++k) r[q][k] = Isa::code(r[q][k]);
+            for (int k = 0; k < 4; ++k) r[q][k] = Isa::code(r[q][k], layer.flip);
             Isa::interleave(r[q]);
             for (int k = 0; k < 4; ++k) s[k] = Isa::dot(s[k], r[q][k], counts[q]);
         }
@@ -178,10 +178,10 @@ struct Dot {
         }
     }
 
-    static void pack_quad(const Int8Layer&, const uint8_t* const* rows, uint8_t* tile) {
+    static void pack_quad(const Int8Layer& layer, const uint8_t* const* rows, uint8_t* tile) {
         for (int b = 0; b < TILE; b += BYTES) {
             V r[4];
-            for (int k = 0; k < 4; ++k) r[k] = Isa::code(Isa::load(rows[k] + b));
+            for (int k = 0; k < 4; ++k) r[k] = Isa::code(Isa::load(rows[k] + b), layer.flip);
             Isa::interleave(r);
             Isa::lanes(r);
             for (int k = 0; k < 4; ++k) Isa::store(tile + 4 * b + k * BYTES, r[k]);

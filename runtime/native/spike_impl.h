@@ -131,7 +131,9 @@ struct Striped {
 struct Int8Layer : Striped {
     const sbedge_w8& w;
     static constexpr int64_t group = GROUP;
-    explicit Int8Layer(const sbedge_w8& w) : Striped(w.in, w.out, w.stripe), w(w) {}
+    const uint8_t flip;     // what a stored byte is xor-ed with to be an int8 code
+    explicit Int8Layer(const sbedge_w8& w)
+        : Striped(w.in, w.out, w.stripe), w(w), flip(w.unsigned_codes ? 0x80 : 0) {}
 
     static constexpr int64_t bytes(int64_t outputs) { return outputs; }
     // Tells `prefetch` the cache lines of the scales of input i's group, which come from a row of their own.
@@ -144,9 +146,8 @@ struct Int8Layer : Striped {
         return {reinterpret_cast<const uint8_t*>(w.codes) + first, stride};
     }
     // One row of any count, exactly.
-    static void add_row(const uint8_t* row, int32_t count, int64_t width, int offset, int32_t* sums) {
-        const int8_t* codes = reinterpret_cast<const int8_t*>(row);
-        for (int64_t o = 0; o < width; ++o) add(sums[o], count, codes[o] + offset);
+    void add_row(const uint8_t* row, int32_t count, int64_t width, int offset, int32_t* sums) const {
+        for (int64_t o = 0; o < width; ++o) add(sums[o], count, static_cast<int8_t>(row[o] ^ flip) + offset);
     }
     bool has_residual() const { return w.residual_start; }
     // The entries of row i among these outputs.

@@ -110,7 +110,7 @@ bool check_w8(const char* isa, bool with_residual) {
     }
     const sbedge_w8 layer{in, out, pick<int64_t>({0, 64, 128}), codes.data(), scales.data(),
                           uniform(0, 1) ? bias.data() : nullptr, with_residual ? start.data() : nullptr, output.data(),
-                          value.data()};
+                          value.data(), uniform(0, 1)};
     return check_matmul(isa, layer, sbedge_spike_matmul_w8);
 }
 
