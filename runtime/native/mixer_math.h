@@ -91,11 +91,25 @@ struct ByColumns {
     ByColumns from(int64_t r) const { return {x + r, stride}; }
 };
 
+// Memory that is wanted next and laid out like what is being read: asked for piece by piece in the same pace, so that
+// requests neither pile up nor take loops of their own.
+struct Nothing {};
+inline Nothing operator+(Nothing, int64_t) { return {}; }
+
+template <class V>
+inline void ask(Nothing, int64_t) {}
+
+template <class V, class T>
+inline void ask(const T* next, int64_t i) {
+    constexpr int64_t line = 64 / sizeof(T);
+    if (V::width >= line || i % line == 0) __builtin_prefetch(next + i, 0, 2);
+}
+
 // c [R, count] (+)= a [R, K] b [K, count], R * N vectors in registers; `count` may be ragged where N is 1. b is of any
 // type that V loads.
-template <class V, int R, int N, class A, class B>
-inline void multiply_tile(int64_t K, A a, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t count,
-                          Before before) {
+template <class V, int R, int N, class A, class B, class Next>
+inline void multiply_tile(int64_t K, A a, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t count, Before before,
+                          Next next) {
     typename V::reg sum[R][N];
     SBEDGE_UNROLL for (int r = 0; r < R; ++r)
         SBEDGE_UNROLL for (int j = 0; j < N; ++j) {
@@ -108,6 +122,7 @@ inline void multiply_tile(int64_t K, A a, const B* b, int64_t ldb, float* c, int
         typename V::reg row[N];
         SBEDGE_UNROLL for (int j = 0; j < N; ++j)
             row[j] = N == 1 ? V::load(b + k * ldb, count) : V::load(b + k * ldb + j * V::width);
+        SBEDGE_UNROLL for (int j = 0; j < N; ++j) ask<V>(next + k * ldb, j * V::width);
         SBEDGE_UNROLL for (int r = 0; r < R; ++r) {
             const auto x = V::set(a.at(r, k));
             SBEDGE_UNROLL for (int j = 0; j < N; ++j) sum[r][j] = V::fma(x, row[j], sum[r][j]);
@@ -134,27 +149,29 @@ inline void with_rows(int64_t rows, F f) {
 }
 
 // All rows of N vectors of columns.
-template <class V, int N, class A, class B>
+template <class V, int N, class A, class B, class Next = Nothing>
 inline void multiply_columns(int64_t M, int64_t K, A a, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t count,
-                             Before before) {
+                             Before before, Next next = {}) {
     for (; M >= V::rows; M -= V::rows, a = a.from(V::rows), c += V::rows * ldc) {
-        multiply_tile<V, V::rows, N>(K, a, b, ldb, c, ldc, count, before);
+        multiply_tile<V, V::rows, N>(K, a, b, ldb, c, ldc, count, before, next);
         if (before.decay) before.decay += V::rows;
     }
     with_rows<V::rows - 1>(M, [&](auto rest) {
-        multiply_tile<V, decltype(rest)::value, N>(K, a, b, ldb, c, ldc, count, before);
+        multiply_tile<V, decltype(rest)::value, N>(K, a, b, ldb, c, ldc, count, before, next);
     });
 }
 
-// c [M, N] (+)= a [M, K] b [K, N], row-major with the given row strides: for few rows, that pass over b once.
-template <class V, class A, class B>
+// c [M, N] (+)= a [M, K] b [K, N], row-major with the given row strides: for few rows, that pass over b once. `next` is
+// laid out like b.
+template <class V, class A, class B, class Next = Nothing>
 inline void multiply(int64_t M, int64_t N, int64_t K, A a, const B* b, int64_t ldb, float* c, int64_t ldc,
-                     Before before) {
+                     Before before, Next next = {}) {
     constexpr int64_t panel = V::panel * V::width;
     int64_t j = 0;
-    for (; j + panel <= N; j += panel) multiply_columns<V, V::panel>(M, K, a, b + j, ldb, c + j, ldc, panel, before);
+    for (; j + panel <= N; j += panel)
+        multiply_columns<V, V::panel>(M, K, a, b + j, ldb, c + j, ldc, panel, before, next + j);
     for (; j < N; j += V::width)
-        multiply_columns<V, 1>(M, K, a, b + j, ldb, c + j, ldc, least(V::width, N - j), before);
+        multiply_columns<V, 1>(M, K, a, b + j, ldb, c + j, ldc, least(V::width, N - j), before, next + j);
 }
 
 // Many rows want b packed in panels, each the rows of PANEL columns in one piece (zeros where b has no more columns):

@@ -7,7 +7,6 @@ namespace sbedge {
 namespace {
 
 constexpr int64_t STEP_KEYS = 64;   // slots scored at a time; a multiple of every vector width
-constexpr int64_t STEP_ROWS = 16;   // slots whose values are taken together
 constexpr int64_t SPANS = 16;       // spans of slots that threads share out, at most
 constexpr int64_t SPAN_UNIT = 32;
 
@@ -30,23 +29,25 @@ struct WindowStepScratch {
     }
 };
 
-// scores [R, 4] = q [R, d] . keys [count <= 4, d]; columns past `count` are undefined.
-template <class V, int R, class T>
-inline void dot_rows(const float* q, const T* keys, int64_t stride, int64_t count, float* scores, int64_t d) {
+// scores [R, 4] = q [R, d] . keys [count <= 4, d]; columns past `count` are undefined. `next` is laid out like keys.
+template <class V, int R, class T, class Next>
+inline void dot_rows(const float* q, const T* keys, int64_t stride, int64_t count, float* scores, int64_t d,
+                     Next next) {
     const T* key[4];
     for (int i = 0; i < 4; ++i) key[i] = keys + least(i, count - 1) * stride;
     typename V::reg sum[R][4];
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 4; ++i) sum[r][i] = V::set(0.0f);
+    SBEDGE_UNROLL for (int r = 0; r < R; ++r)
+        SBEDGE_UNROLL for (int i = 0; i < 4; ++i) sum[r][i] = V::set(0.0f);
     for_vectors<V>(d, [&](int64_t c, int64_t width) {
         typename V::reg x[R];
-        for (int r = 0; r < R; ++r) x[r] = V::load(q + r * d + c, width);
-        for (int i = 0; i < 4; ++i) {
+        SBEDGE_UNROLL for (int r = 0; r < R; ++r) x[r] = V::load(q + r * d + c, width);
+        SBEDGE_UNROLL for (int i = 0; i < 4; ++i) {
             const auto y = V::load(key[i] + c, width);
-            for (int r = 0; r < R; ++r) sum[r][i] = V::fma(x[r], y, sum[r][i]);
+            ask<V>(next + i * stride, c);
+            SBEDGE_UNROLL for (int r = 0; r < R; ++r) sum[r][i] = V::fma(x[r], y, sum[r][i]);
         }
     });
-    for (int r = 0; r < R; ++r)
+    SBEDGE_UNROLL for (int r = 0; r < R; ++r)
         V::store_sums(scores + r * STEP_KEYS, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
@@ -81,22 +82,25 @@ struct WindowStep {
         }
     }
 
-    // Scores of `count` slots for all heads. Whole slots are read one after the other, as they lie in memory; their
+    // Scores of `count` slots for all heads. Whole slots are read one after the other, as they lie in memory. Their
     // values arrive meanwhile, and the next keys while values are gathered.
     void score(int64_t slot, int64_t count) {
         const int64_t d = rows.d, heads = rows.heads, stride = rows.ring->groups * d;
-        for (int64_t j = 0; j < count; j += 4) {
+        for (int64_t j = 0; j < count; j += 4)
             for (int64_t g = 0; g < rows.ring->groups; ++g) {
-                for (int64_t i = j; i < least(j + 4, count); ++i) prefetch(rows.values(slot + i, g), d * sizeof(T));
+                const T *keys = rows.keys(slot + j, g), *values = rows.values(slot + j, g);
                 const float* q = own + at.q + g * heads * d;
                 float* scores = own + at.scores + g * heads * STEP_KEYS + j;
-                for (int64_t h = 0; h < heads; h += V::dots)
+                const int64_t some = least(4, count - j);
+                with_rows<V::dots>(least(V::dots, heads), [&](auto R) {
+                    dot_rows<V, decltype(R)::value>(q, keys, stride, some, scores, d, values);
+                });
+                for (int64_t h = V::dots; h < heads; h += V::dots)
                     with_rows<V::dots>(least(V::dots, heads - h), [&](auto R) {
-                        dot_rows<V, decltype(R)::value>(q + h * d, rows.keys(slot + j, g), stride,
-                                                        least(4, count - j), scores + h * STEP_KEYS, d);
+                        dot_rows<V, decltype(R)::value>(q + h * d, keys, stride, some, scores + h * STEP_KEYS, d,
+                                                        Nothing());
                     });
             }
-        }
     }
 
     // A group's scores become weights relative to the running maximum; what was gathered under the old one shrinks.
@@ -135,14 +139,10 @@ struct WindowStep {
     // o += weights . values
     void gather(int64_t slot, int64_t count, float* o) {
         const int64_t d = rows.d, heads = rows.heads, stride = rows.ring->groups * d;
-        for (int64_t j = 0; j < count; j += STEP_ROWS) {
-            const int64_t some = least(STEP_ROWS, count - j);
-            for (int64_t g = 0; g < rows.ring->groups; ++g) {
-                for (int64_t i = 0; i < some; ++i) prefetch(rows.keys(slot + count + j + i, g), d * sizeof(T));
-                multiply<V>(heads, d, some, ByRows{own + at.scores + g * heads * STEP_KEYS + j, STEP_KEYS},
-                            rows.values(slot + j, g), stride, o + g * heads * d, d, {true, nullptr});
-            }
-        }
+        for (int64_t g = 0; g < rows.ring->groups; ++g)
+            multiply<V>(heads, d, count, ByRows{own + at.scores + g * heads * STEP_KEYS, STEP_KEYS},
+                        rows.values(slot, g), stride, o + g * heads * d, d, {true, nullptr},
+                        (const T*)rows.keys(slot + count, g));
     }
 
     // The softmax over all spans, in their order whoever made them. Span 0 becomes the sum.
