@@ -59,7 +59,8 @@ class GgmlEngine:
         self._weights = GgmlWeights(self._file, self.config)
         self.traffic = Traffic()
         self.threads = threads or default_threads()
-        self._pool = self._weights.native.pool_new(self.threads) if self._weights.pooled else None
+        self._native = self._weights.native
+        self._pool = self._native.pool_new(self.threads) if self._native and self._weights.pooled else None
         self._backend, self._threadpool = self._start_backend()
         self._prefill_memory = self.f.gallocr_new(self.f.backend_cpu_buffer_type())
         self._bound: weakref.WeakKeyDictionary[State, _Bound] = weakref.WeakKeyDictionary()
@@ -174,8 +175,8 @@ class GgmlEngine:
                 self.f.gallocr_free(self._prefill_memory)
                 self.f.backend_free(self._backend)
                 self.f.threadpool_free(self._threadpool)
-                if self._pool:
-                    self._weights.native.pool_free(self._pool)
+                if self._native and self._pool:
+                    self._native.pool_free(self._pool)
                 self._weights.close()
                 self._backend = 0
 

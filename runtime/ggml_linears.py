@@ -82,8 +82,9 @@ def check_event_layout(file: GgufFile, name: str, shape: tuple[int, ...]) -> set
 
 def _w8_parts(file: GgufFile, stem: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
     out, width = shape
-    codes = (width, out) if len(file.tensors[stem + "codes"].shape) == 2 else (width * out,)
-    wanted = {stem + "codes": ("I8", codes), stem + "scales": ("F32", (-(-width // WEIGHT_GROUP), out))}
+    codes: tuple[int, ...] = (width, out) if len(file.tensors[stem + "codes"].shape) == 2 else (width * out,)
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        stem + "codes": ("I8", codes), stem + "scales": ("F32", (-(-width // WEIGHT_GROUP), out))}
     if stem + "residual_index" in file.tensors:
         count = file.tensors[stem + "residual_index"].shape[:1]
         wanted |= {stem + "residual_index": ("I32", count), stem + "residual_value": ("I32", count)}
