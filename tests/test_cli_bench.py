@@ -22,7 +22,7 @@ needs_ggml = pytest.mark.skipif(not ggml_available(), reason="the ggml libraries
 QUICK = ("--tokens", "3", "--prefill", "5", "--rounds", "2", "--threads", "1")
 KEYS = {"model", "engine", "shape", "random_weights", "threads", "tokens", "prefill", "rounds", "jump", "load_seconds",
         "decoded_events", "file_bytes", "state_bytes", "peak_rss_bytes", "rss_beyond_bytes", "read_bytes_per_second",
-        "depths"}
+        "depths", "sessions", "sessions_tok_s"}
 ROW_KEYS = {"depth", "decode_tok_s", "prefill_tok_s", "weight_bytes_per_token", "bandwidth_share", "silent_share"}
 
 
@@ -59,6 +59,13 @@ def check_sane(summary: dict[str, Any]) -> None:
 
 
 # --- what is measured --------------------------------------------------------------------------------
+@needs_ggml
+def test_sequences_that_advance_together_are_measured(random_spiking: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = bench_json(capsys, "--shape", "tiny", "--sessions", "3")["sessions_tok_s"]
+    assert 0 < rates["min"] <= rates["median"] <= rates["max"]
+    assert bench_json(capsys, "--shape", "tiny")["sessions_tok_s"] is None
+
+
 def test_a_checkpoint_reads_its_whole_file_for_a_token(capsys: pytest.CaptureFixture[str]) -> None:
     summary = bench_json(capsys, str(TINY), "--depth", "7", "0", "7")
     check_sane(summary)

@@ -37,7 +37,7 @@ from sbedge.errors import InputError, SbedgeError
 from sbedge.export import check_quant, export_model
 from sbedge.export.spikes import Spikes
 from sbedge.gguf_format import expected_gguf_tensors
-from sbedge.runtime.engine import Engine, default_threads
+from sbedge.runtime.engine import Engine, default_threads, forward_batch
 from sbedge.runtime.load import ENGINE_OF, model_kind, open_engine
 from sbedge.state import State
 
@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens decoded in a round (default 32)")
     parser.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5, after one to warm up")
+    parser.add_argument("--sessions", type=int, default=1, metavar="N",
+                        help="measure N sequences that advance together, too (default 1: do not)")
     add_engine(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
     contents = read_contents(model, args.engine)
     bench = Bench(model, contents, args)
     depths = [bench.at_depth(depth) for depth in sorted(set(args.depth))]
-    memory = bench.memory()         # before the bandwidth's own buffer counts
+    memory = bench.memory()         # before the bandwidth's own buffer and the states of several sessions count
+    together = bench.together(args.sessions) if args.sessions > 1 else None
     bandwidth = read_bandwidth(bench.threads)
     for row in depths:
         row["bandwidth_share"] = row["weight_bytes_per_token"] * row["decode_tok_s"]["median"] / bandwidth
@@ -90,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
                "random_weights": bool(args.shape), "threads": bench.threads, "tokens": args.tokens,
                "prefill": args.prefill, "rounds": args.rounds, "jump": args.jump, "load_seconds": bench.load_seconds,
                "decoded_events": has_events(contents) and depths[0]["silent_share"] is None,
-               **memory, "read_bytes_per_second": bandwidth, "depths": depths}
+               **memory, "read_bytes_per_second": bandwidth, "depths": depths, "sessions": args.sessions,
+               "sessions_tok_s": together}
     if args.json:
         print(json.dumps(summary))
     else:
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    for option, least in (("tokens", 1), ("prefill", 1), ("rounds", 1)):
+    for option, least in (("tokens", 1), ("prefill", 1), ("rounds", 1), ("sessions", 1)):
         if getattr(args, option) < least:
             raise InputError(f"--{option} is {getattr(args, option)}, expected at least {least}")
     if min(args.depth) < 0:
@@ -176,6 +180,18 @@ class Bench:
             while left := depth - self.state.position:
                 ids = random_ids(min(left, FEED), self.config.vocab_size, seed=self.state.position)
                 self.engine.forward(ids, self.state, logits="none")
+
+    def together(self, count: int) -> dict[str, float]:
+        """Tokens a second of `count` sequences at position 0, all of them counted."""
+        states = [self.engine.new_state() for _ in range(count)]
+        ids = random_ids(count, self.config.vocab_size)
+
+        def steps() -> None:
+            for _ in range(self.args.tokens):
+                forward_batch(self.engine, ids, states)
+
+        forward_batch(self.engine, ids, states)
+        return spread([count * self.args.tokens / timed(steps) for _ in range(self.args.rounds)])
 
     def memory(self) -> dict[str, int | None]:
         file, state, peak = self.contents.file_bytes, self.state.nbytes, peak_rss()
@@ -276,6 +292,10 @@ def print_summary(summary: dict[str, Any]) -> None:
     print(f"{summary['engine']} engine, {summary['threads']} threads; medians of {summary['rounds']} rounds of "
           f"{summary['tokens']} tokens and a prompt of {summary['prefill']}")
     Console().print(table)
+    if summary["sessions_tok_s"]:
+        rates = summary["sessions_tok_s"]
+        print(f"{summary['sessions']} sequences together: {rate(rates['median'])} tok/s in all "
+              f"({rate(rates['min'])}..{rate(rates['max'])})")
     print(f"memory reads {summary['read_bytes_per_second'] / 1e9:.1f} GB/s; "
           f"first token {summary['load_seconds']:.2f} s after loading began")
     print(f"file {size(summary['file_bytes'])}, state {size(summary['state_bytes'])}{memory_text(summary)}")
