@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": ("commands.bench", "measure speed and memory of a model, or of random weights of a shape"),
     "inspect": ("commands.inspect", "show what a model file holds and how much memory it needs"),
     "perplexity": ("commands.perplexity", "measure how well a model predicts a text, alone or beside another"),
+    "spikes": ("commands.spikes", "show how a model spikes, what that spares and what it costs"),
     "logits": ("commands.logits", "write the logits of a list of token ids to a .npy file"),
     "tokenize": ("commands.tokenize", "turn text into token ids"),
 }
