@@ -1,6 +1,7 @@
 """The `sbedge` command: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code.
 
-0 done · 1 a bug of ours · 2 an error the user can mend · 130 interrupted · 143 terminated
+0 done · 1 a bug of ours, or a difference found by `state diff` · 2 an error the user can mend · 130 interrupted
+143 terminated
 """
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ COMMANDS = {
     "perplexity": ("commands.perplexity", "measure how well a model predicts a text, alone or beside another"),
     "spikes": ("commands.spikes", "show how a model spikes, what that spares and what it costs"),
     "logits": ("commands.logits", "write the logits of a list of token ids to a .npy file"),
+    "state": ("commands.state", "keep what a model remembers in a file, go on from it, look into it"),
     "tokenize": ("commands.tokenize", "turn text into token ids"),
 }
 OK, BUG, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143

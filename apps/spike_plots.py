@@ -23,11 +23,11 @@ INK, GRID, SILENT = "#333333", "#dddddd", "#f7f7f7"
 UP, DOWN = "#0072b2", "#d55e00"                                     # told apart by any eye (Okabe and Ito)
 COLORS = dict(zip(KINDS, ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
 MARKS = dict(zip(KINDS, "os^D", strict=True))
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
-         "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
-         "legend.frameon": False, "figure.constrained_layout.use": True, "svg.fonttype": "path",
-         "svg.hashsalt": "sbedge"}
+STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 9, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
+    "figure.constrained_layout.use": True, "svg.fonttype": "path", "svg.hashsalt": "sbedge"}
 MAP_CHANNELS = 64
 SHOWN = 15          # the largest |s| of the histogram's axis
 
@@ -92,10 +92,11 @@ def draw_counts(figure: Figure, summary: dict[str, Any], recording: Recording) -
         histogram = recording.kind(kind)
         assert histogram is not None
         shares = np.array([histogram.times[int(count)] for count in shown]) / histogram.total
-        axis.axvspan(-SMALL - 0.5, SMALL + 0.5, color=GRID, alpha=0.45, linewidth=0)
+        axis.axvspan(-SMALL - 0.5, SMALL + 0.5, ymax=0.78, color=GRID, alpha=0.45, linewidth=0)
         axis.bar(shown, shares, width=0.8, color=[INK if count == 0 else COLORS[kind] for count in shown])
         axis.set_yscale("log")
         axis.set_ylim(1e-4, 4)     # room above for words
+        axis.set_yticks([1e-4, 1e-3, 1e-2, 1e-1], ["0.01%", "0.1%", "1%", "10%"])
         axis.set_xticks([-SMALL, 0, SMALL])
         axis.grid(visible=False, axis="x")
         axis.set_title(kind)

@@ -13,7 +13,7 @@ from .spikes import Spikes
 Progress = Callable[[int, int, str], None]      # (bytes done, bytes in total, tensor name)
 
 QUANTS = {"gguf": ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k", "w8-spike", "w4-spike"),
-          "onnx": ("f32", "int8", "int4")}
+          "onnx": ("f32", "int8", "int4", "w8-spike", "w4-spike")}
 DEFAULT_QUANT = {"gguf": "q8_0", "onnx": "int8"}
 LOSSLESS_SPIKING = {"gguf": "w8-spike", "onnx": "int8"}     # a W8ASpike checkpoint's own int8 codes, all of them
 
@@ -48,10 +48,9 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
         write_gguf(checkpoint, out, quant=quant, embedding_quant=embedding_quant, spikes=spikes,
                    tokenizer_metadata=metadata, force=force, progress=progress)
     else:
-        if spikes:
-            raise ExportError("spikes can be set for GGUF exports with quant w8-spike or w4-spike only")
         from .onnx import write_onnx
-        write_onnx(checkpoint, out, quant=quant, embedding_quant=embedding_quant, force=force, progress=progress)
+        write_onnx(checkpoint, out, quant=quant, embedding_quant=embedding_quant, spikes=spikes, force=force,
+                   progress=progress)
 
 
 def format_of(out: Path) -> str:

@@ -1,7 +1,8 @@
 """The event layouts: weight codes input-channel-major, so that a silent channel is a row never fetched.
 
 `w8`: int8 codes [in, out], a scale per 128 inputs and output, and a sparse residual for codes beyond int8.
-`w4`: unsigned nibbles, two to a byte, a float16 scale and (optionally) a zero point per 32 or 128 inputs and output.
+`w4`: unsigned nibbles, two to a byte, a float16 scale and (optionally) a zero point per 32, 64 or 128 inputs and
+output.
 runtime/native/sbedge.h describes the bytes.
 """
 from __future__ import annotations

@@ -28,7 +28,7 @@ from sbedge.quant.int8_groups import dequantize_int8_groups
 from .native import library
 from .native.ggml_ops import KIND_DENSE, KIND_W4, KIND_W8
 
-W4_GROUPS = (32, 128)       # what the kernels know
+W4_GROUPS = (32, 64, 128)       # what the kernels know
 DENSE_BITS = {"Q8_0": 8, "Q4_0": 4}
 
 

@@ -7,6 +7,7 @@ A node is told where its inputs and outputs lie once ggml has placed them: `plac
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from sbedge.reference import QUERY_SPIKE_K
 from .ggml_linears import NativeLinear
 from .ggml_model import F4, Forward
 from .native.ggml_ops import BlockEncodeOp, EncodeOp, GlaOp, LinearsOp, WindowOp
-from .native.library import NativeLibrary
+from .native.library import F32, INT8, NativeLibrary, Ring
 
 ALL_THREADS = -1        # ggml's GGML_N_TASKS_MAX
 
@@ -35,20 +36,21 @@ class Spikes(NamedTuple):
 
 @dataclass
 class NativeForward(Forward):
-    """`events`, `dense`: linears by stem. `arrays`: the State's own arrays. `position`: int64 [1], read at every run.
+    """`events`, `dense`: linears by stem. `sequences`: the arrays of each State, one, or several with a token each.
+    `positions`: int64 [sequences], read at every run.
     `pool`: the threads that nodes run on; None: on ggml's own."""
 
     library: NativeLibrary = field(kw_only=True)
     events: dict[str, NativeLinear] = field(kw_only=True)
     dense: dict[str, NativeLinear] = field(kw_only=True)
-    arrays: dict[str, np.ndarray] = field(kw_only=True)
-    position: np.ndarray = field(kw_only=True)
+    sequences: Sequence[Mapping[str, np.ndarray]] = field(kw_only=True)
+    positions: np.ndarray = field(kw_only=True)
     threads: int = field(kw_only=True)
     pool: int | None = field(kw_only=True)
     # Weight bytes of event layouts: read by the last run (the kernels add to it), and in the whole graph.
     fetched: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     event_bytes: int = 0
-    _ops: list[ctypes.Structure] = field(default_factory=list)
+    _ops: list[Any] = field(default_factory=list)      # structures and arrays that nodes point to
     _addresses: list[tuple[Any, str, int, int]] = field(default_factory=list)
 
     def place(self) -> None:
@@ -154,8 +156,11 @@ class NativeForward(Forward):
     def gla(self, i: int, projected: int, gate: int) -> int:
         c, n, d = self.config, self.n, self.config.head_dim
         H, G = c.num_attention_heads, c.num_key_value_heads
-        scratch = self.library.gla_scratch(H, G, d, n) * self.threads
-        op = GlaOp(n=n, state=self.arrays[f"{i}.recurrent_state"].ctypes.data)
+        count = len(self.sequences)
+        scratch = self.library.gla_scratch(H, G, d, n // count) * self.threads
+        states = (ctypes.c_void_p * count)(*(arrays[f"{i}.recurrent_state"].ctypes.data for arrays in self.sequences))
+        self._ops.append(states)
+        op = GlaOp(n=n // count, sequences=count, states=ctypes.addressof(states))
         op.input.heads, op.input.groups, op.input.d, op.input.eps = H, G, d, c.norm_eps
         op.input.gate_stride = self.width(gate)
         norm = self.weights[f"blk.{i}.attn_g_norm.weight"]
@@ -168,19 +173,27 @@ class NativeForward(Forward):
     def window(self, i: int, projected: int) -> int:
         c, n, d = self.config, self.n, self.config.head_dim
         H, G, W = c.num_attention_heads, c.num_key_value_heads, c.sliding_window
-        scratch = self.library.window_scratch(H, G, d, W, n) * self.threads
-        op = WindowOp(n=n, position=self.position.ctypes.data)
+        count = len(self.sequences)
+        scratch = self.library.window_scratch(H, G, d, W, n // count) * self.threads
+        rings = (Ring * count)(*(self.ring_of(i, arrays) for arrays in self.sequences))
+        self._ops.append(rings)
+        op = WindowOp(n=n // count, sequences=count, rings=ctypes.addressof(rings),
+                      positions=self.positions.ctypes.data)
         op.input.heads, op.input.query_k = H, QUERY_SPIKE_K if c.int8_window else 0
-        op.ring.window, op.ring.groups, op.ring.d = W, G, d
-        for name in ("keys", "values", "key_scales", "value_scales"):
-            array = self.arrays.get(f"{i}.{name}")
-            setattr(op.ring, name, None if array is None else array.ctypes.data)
         cos, sin = self.leaf["cos"], self.leaf["sin"]
         out = self.node("window", op, [projected, cos, sin], "F32", n * H * d + scratch)
         self._read_qkv(op.input, projected)
         self.at(op.input, "cos", cos)
         self.at(op.input, "sin", sin)
         return self._mixed(op, out, H * d)
+
+    def ring_of(self, i: int, arrays: Mapping[str, np.ndarray]) -> Ring:
+        c = self.config
+        ring = Ring(c.sliding_window, c.num_key_value_heads, c.head_dim, type=INT8 if c.int8_window else F32)
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            array = arrays.get(f"{i}.{name}")
+            setattr(ring, name, None if array is None else array.ctypes.data)
+        return ring
 
     def _read_qkv(self, given: Any, projected: int) -> None:
         """q, k and v lie side by side in the rows of `projected`."""

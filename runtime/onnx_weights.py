@@ -21,7 +21,7 @@ class OnnxTensors:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = open_folder(folder)
+        self.config, _ = open_folder(folder)
         self._stored = {tensor.name: tensor for tensor in read_graph(folder / "model.onnx").graph.initializer}
         self._shapes = expected_tensors(self.config)
 

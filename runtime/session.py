@@ -7,14 +7,15 @@
 Everything read so far lives in `state`, whose size never changes. A token that was drawn waits in
 `pending` and is fed with whatever comes next, so stopping a reply at any point costs nothing and
 `generate()` without a prompt goes on just there.
+
+A chat keeps snapshots in `cache`: where a message of the user begins, where a reply begins and where it ends. What a
+new prompt shares with anything read before is not read again.
 """
 from __future__ import annotations
 
-import json
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,28 +23,20 @@ from typing import Any
 import numpy as np
 
 from sbedge.errors import InputError, SbedgeError, StateError
-from sbedge.state import State
+from sbedge.state import State, check_source, load_state
 
 from .chat_template import chat_parts
+from .conversation import CUT, HIDDEN, Conversation, Message, Prompt, checked_messages
 from .detokenizer import StreamDecoder
 from .engine import Engine, checked_ids
 from .generate import Piece, ReplyText, Timings
 from .sampling import Sample, Sampler, Sampling
+from .session_record import Record
+from .state_cache import Snapshot, StateCache
 from .tokenizer import Tokenizer
 
-CHUNK = 512  # tokens per call while reading a prompt: Ctrl-C acts between calls
-
-Message = dict[str, Any]    # {"role": "system" | "user" | "assistant", "content": str}
-Parts = list[str | int]     # text and special-token ids, as `Tokenizer.encode_parts` takes them
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """The chat reply under way or last given."""
-
-    prompt: Parts            # what the state had read when the reply began
-    start: int               # index into `tokens` where the reply begins
-    content: str | None = None  # the reply, where a stop string cut it short of what was drawn
+CHUNK = 512         # tokens per call while reading a prompt: Ctrl-C acts between calls
+NEAR = 8            # tokens: another snapshot this near is good enough, and a call for so few costs as much as for more
 
 
 class Session:
@@ -52,16 +45,21 @@ class Session:
     state      what the model remembers; advanced in place
     tokens     ids that `state` has consumed in this session, in order (4 bytes each)
     pending    the id drawn last, not consumed yet: [id] or []
-    reused, prefilled   how many tokens the last `chat` found in the state, and how many it had to feed
+    cache      snapshots to come back to; forks share it, and so may all sessions of one engine
+    reused, prefilled   of the last `chat`'s prompt: tokens found in the state or the cache, and tokens fed
+    reread     why `reused` is less than all that was read before; "" if it is not
     timings    work done since the session began or was reset
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, sampling: Sampling | None = None,
-                 state: State | None = None) -> None:
-        """`state`: go on from there instead of from the start.
+                 state: State | None = None, cache: StateCache | None = None) -> None:
+        """`state`: go on from there instead of from the start. `cache`: None makes one of the default budget.
 
-        Raises TokenizerError if the tokenizer has ids beyond the model's vocabulary.
+        Raises TokenizerError if the tokenizer has ids beyond the model's vocabulary, StateError if the state is
+        another model's.
         """
+        if state is not None:
+            check_source(state.fingerprint, engine.fingerprint, "the state")
         tokenizer.check_vocabulary(engine.config.vocab_size)
         self.engine = engine
         self.tokenizer = tokenizer
@@ -69,11 +67,15 @@ class Session:
         self.sampler = Sampler(sampling or Sampling())
         self.tokens = array("i")
         self.pending: list[int] = []
+        self.cache = StateCache(engine) if cache is None else cache
         self.timings = Timings()
-        self.reused = self.prefilled = 0
-        self._messages: list[Message] = []
-        self._turn: _Turn | None = None
-        self._running: Any = None  # the iterator of the reply under way
+        self.reused, self.prefilled, self.reread = 0, 0, ""
+        self._conversation = Conversation()
+        self._replying = False              # the conversation's last turn awaits its reply: all tokens since its start
+        self._cut: str | None = None        # that reply, where a stop string cut it short of what was drawn
+        self._snapshot: Snapshot | None = None      # the last one on the way to `state`
+        self._torn = False                  # an interrupt may have left the state further than its position says
+        self._running: Any = None           # the iterator of the reply under way
 
     @property
     def sampling(self) -> Sampling:
@@ -101,110 +103,116 @@ class Session:
 
         Ends at an end token, at a stop string (left out of the text), or after `max_tokens` (None: never).
         `sampling` replaces the session's for this reply only. Starting anything else on the session ends
-        the iteration. Raises InputError for an empty prompt or a bad option, before the first piece.
+        the iteration. Without a prompt, right after a chat's reply, what comes is still part of that reply.
+        Raises InputError for an empty prompt or a bad option, before the first piece.
         """
         ids = [] if prompt is None else self._ids(prompt)
         if not ids and not self.pending and self.state.last_logits is None:
             raise InputError("nothing to continue: give a prompt of at least one token")
         reply = self._reply(ids, *self._options(max_tokens, stop, sampling))
-        self._settle()
+        if ids or stop or self._cut is not None:
+            self._settle()
+        else:
+            self._stop()
         self._running = reply
         return reply
 
     # --- chat --------------------------------------------------------------------------------------
 
-    def chat(self, message: str, *, system: str | None = None, max_tokens: int | None = 1024,
+    def chat(self, message: str | Sequence[Message], *, system: str | None = None, max_tokens: int | None = 1024,
              stop: Sequence[str] = (), sampling: Sampling | None = None, **variables: Any) -> Iterator[Piece]:
         """Reply to `message` in the conversation so far; iterates over text pieces like `generate`.
 
-        Only what the state has not read yet is fed. If the conversation is no continuation of that (another
-        `system`, a template that rewrites earlier turns, `feed` in between) it is read from the start.
-        `variables` go to the chat template. Raises InputError if the model has no template or it rejects
-        the messages.
+        `message` may also be the whole conversation, a list of messages that replaces the one so far.
+
+        Only what neither the state nor the cache has read is fed: after an edit of an earlier message, all from that
+        message on. `reused`, `prefilled` and `reread` tell how that went once the first piece is there. `variables` go
+        to the chat template. Raises InputError if the model has no template or it rejects the messages.
         """
-        if not isinstance(message, str) or not message.strip():
-            raise InputError("the message is empty")
-        messages = [*self.messages, {"role": "user", "content": message}]
+        messages = self._extended(message)
         if system is not None:
             others = [m for m in messages if m["role"] != "system"]
             messages = [{"role": "system", "content": system}, *others]
         options = self._options(max_tokens, stop, sampling)
-        prompt = chat_parts(self.tokenizer, messages, **variables)
-        new = _continuation(self._transcript(), prompt)
+        parts = chat_parts(self.tokenizer, messages, **variables)
         self._settle()
-        if new is None:
-            self._forget()
-        ids = self.tokenizer.encode_parts(prompt if new is None else new)
-        reply = self._chat(messages, prompt, ids, options)
+        reply = self._chat(self._conversation.encode(messages, parts, self.tokenizer), options)
         self._running = reply
         return reply
+
+    def rewind(self, turns: int = 1) -> None:
+        """Take back the last `turns` messages of the user and all that followed each.
+
+        The state goes back to the nearest snapshot; the next `chat` reads what lies between, if anything. Raises
+        InputError if there are not so many.
+        """
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if isinstance(turns, bool) or not isinstance(turns, int) or not 1 <= turns <= len(asked):
+            raise InputError(f"turns is {turns!r}, expected a whole number from 1 to the conversation's {len(asked)}")
+        self._settle()
+        self._conversation.rewind(asked[-turns])
+        self._reach(self._conversation.ids)
 
     @property
     def messages(self) -> list[Message]:
         """The conversation, with the reply as far as it was drawn."""
-        if self._turn is None:
-            return list(self._messages)
-        content = self._reply_text() if self._turn.content is None else self._turn.content
-        return [*self._messages, {"role": "assistant", "content": content}]
+        messages = [dict(message) for message in self._conversation.messages]
+        if self._replying:
+            content = self._reply_text() if self._cut is None else self._cut
+            messages.append({"role": "assistant", "content": content})
+        return messages
 
     # --- the whole ---------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget everything; the random generator starts again from its seed."""
+        """Forget everything but the cache; the random generator starts again from its seed."""
         self._settle()
         self._forget()
-        self._messages = []
+        self._conversation = Conversation()
         self.sampling = self.sampling
         self.timings = Timings()
-        self.reused = self.prefilled = 0
+        self.reused, self.prefilled, self.reread = 0, 0, ""
 
     def fork(self) -> Session:
         """An independent session with the same past and, until its sampling is changed, the same future."""
-        twin = Session(self.engine, self.tokenizer, sampling=self.sampling, state=self.state.copy())
-        twin._restore(self._record())
+        twin = Session(self.engine, self.tokenizer, sampling=self.sampling, state=self.state.copy(), cache=self.cache)
+        twin._take(self._record())
+        twin._snapshot, twin._torn = self._snapshot, self._torn
         return twin
 
     def save(self, path: str | Path) -> None:
-        """Write state and conversation to one file (safetensors), from which `load` continues."""
-        self.state.save(path, {"session": json.dumps(self._record())})
+        """Write state and conversation to one file, from which `load` continues; docs/state.md describes it.
+
+        The file appears whole or not at all, replacing the one before, and holds of the windows only what is in use:
+        cheap enough to call after every turn, and between the pieces of a reply, too. A process that is killed loses
+        what came after the last call. Raises StateError if it cannot be written.
+        """
+        self.state.save(path, {"session": self._record().to_json()})
 
     @classmethod
-    def load(cls, path: str | Path, engine: Engine, tokenizer: Tokenizer) -> Session:
+    def load(cls, path: str | Path, engine: Engine, tokenizer: Tokenizer, *,
+             cache: StateCache | None = None) -> Session:
         """A saved session, to go on with the very tokens it would have drawn. Raises StateError."""
-        extra = State.load_extra(path)
-        if "session" not in extra:
+        state, texts = load_state(path, engine.config, engine.fingerprint)
+        if "session" not in texts:
             raise StateError(f"{path}: holds a state but no session; read it with State.load")
-        session = cls(engine, tokenizer, state=State.load(path, engine.config))
+        session = cls(engine, tokenizer, state=state, cache=cache)
         try:
-            session._restore(json.loads(extra["session"]))
+            session._take(Record.from_json(texts["session"], engine.config, state.position))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, SbedgeError) as error:
             raise StateError(f"{path}: the saved session is damaged ({error}); start a new one") from None
         return session
 
-    def _record(self) -> dict[str, Any]:
-        """All but the model's state, as JSON values."""
-        return {
-            "tokens": self.tokens.tolist(), "pending": self.pending, "messages": self._messages,
-            "turn": None if self._turn is None else asdict(self._turn),
-            "sampling": asdict(self.sampling) | {"logit_bias": list(self.sampling.logit_bias.items())},
-            "random": self.sampler.get_state(),
-        }
+    def _record(self) -> Record:
+        """All but the model's state."""
+        return Record(self.tokens[:], list(self.pending), self._conversation.copy(), self._replying, self._cut,
+                      self.sampling, self.sampler.get_state())
 
-    def _restore(self, record: dict[str, Any]) -> None:
-        sampling = record["sampling"]
-        self.sampling = Sampling(**sampling | {"logit_bias": dict(sampling["logit_bias"])})
-        self.sampler.set_state(record["random"])
-        for ids in (record["tokens"], record["pending"]):
-            if ids:
-                checked_ids(ids, self.engine.config)
-        if len(record["tokens"]) > self.state.position or len(record["pending"]) > 1:
-            raise ValueError("its tokens do not fit its state")
-        self.tokens, self.pending = array("i", record["tokens"]), list(record["pending"])
-        self._messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in record["messages"]]
-        turn = record["turn"]
-        if turn and not 0 <= turn["start"] <= len(self.tokens):
-            raise ValueError("its reply begins outside its tokens")
-        self._turn = _Turn(list(turn["prompt"]), turn["start"], turn["content"]) if turn else None
+    def _take(self, record: Record) -> None:
+        self.tokens, self.pending, self._conversation = record.tokens, record.pending, record.conversation
+        self._replying, self._cut = record.replying, record.cut
+        self.sampling = record.sampling
+        self.sampler.set_state(record.random)
 
     # --- how it works ------------------------------------------------------------------------------
 
@@ -215,6 +223,17 @@ class Session:
                 raise InputError("the prompt is empty; give at least one character")
             prompt = self.tokenizer.encode(prompt, add_bos=None if self.state.position == 0 else False)
         return checked_ids(prompt, self.engine.config).tolist()
+
+    def _extended(self, message: str | Sequence[Message]) -> list[Message]:
+        """The conversation with `message`, or the one that `message` is."""
+        if isinstance(message, str):
+            message = [*self.messages, {"role": "user", "content": message}]
+        if not isinstance(message, (list, tuple)):
+            raise InputError(f"the message is {message!r:.40}, expected a text or a list of messages")
+        messages = checked_messages(message)
+        if not messages or not messages[-1]["content"].strip():
+            raise InputError("the message is empty")
+        return messages
 
     def _options(self, max_tokens: int | None, stop: Sequence[str], sampling: Sampling | None
                  ) -> tuple[int | None, ReplyText, Sampler]:
@@ -232,11 +251,16 @@ class Session:
             before = self.state.position
             try:
                 self.engine.forward(chunk, self.state)
+            except BaseException:
+                self._torn |= self.state.position == before
+                raise
             finally:
                 taken = chunk[: self.state.position - before]
                 self.tokens.extend(taken)
                 if taken:
                     self.pending = []
+                if 0 < len(taken) < len(chunk):
+                    self.state.last_logits = None   # those of an earlier token
             if progress is not None:
                 progress(start + len(chunk), len(queue))
 
@@ -283,71 +307,86 @@ class Session:
                 yield _piece(new, drawn)
                 drawn = []
 
-    def _chat(self, messages: list[Message], prompt: Parts, ids: list[int],
-              options: tuple[int | None, ReplyText, Sampler]) -> Iterator[Piece]:
-        self.reused, self.prefilled = len(self.tokens), len(self.pending) + len(ids)
-        self._prefill(ids)
-        self._messages = messages  # only now: an interrupted prompt leaves the conversation as it was
-        self._turn = _Turn(prompt, len(self.tokens))
-        content = ""
+    def _chat(self, prompt: Prompt, options: tuple[int | None, ReplyText, Sampler]) -> Iterator[Piece]:
+        continued = self._reach(prompt.ids)
+        self.reused, self.prefilled = len(self.tokens), len(prompt.ids) - len(self.tokens)
+        self.reread = self._why(prompt, continued)
+        for mark in prompt.marks:
+            last = self._snapshot.position if self._snapshot else 0
+            if len(self.tokens) < mark and (mark - last >= NEAR or mark == len(prompt.ids)):
+                self._prefill(prompt.ids[len(self.tokens) : mark])
+                self._keep()
+        self._conversation.begin(prompt)    # only now: an interrupted prompt leaves the conversation as it was
+        self._replying, self._cut, content = True, None, ""
         for piece in self._reply((), *options):
             content += piece.text
-            if piece.finish == "stop":
-                self._turn = _Turn(prompt, self._turn.start, content)
+            if piece.finish:
+                self._cut = content if piece.finish == "stop" else None
+                self._keep()
             yield piece
 
+    def _reach(self, ids: array) -> bool:
+        """Bring the state to the longest beginning of `ids` that it or the cache has read; whether it was at one."""
+        read = len(self.tokens)
+        there = self.state.position == read and ids[:read] == self.tokens and not self._torn and (
+            read < len(ids) or self.state.last_logits is not None or not read)
+        snapshot = self.cache.longest(ids, above=read if there else 0)
+        if snapshot is not None:
+            self.state, self.tokens, self._snapshot = self.cache.state(snapshot), ids[: snapshot.position], snapshot
+            self._torn = False
+        elif not there:
+            self._forget()
+        elif self._snapshot is None and read:
+            self._keep()
+        self.pending = []
+        return there
+
+    def _keep(self) -> None:
+        """Put the state into the cache."""
+        sound = self.state.position == len(self.tokens) and self.state.last_logits is not None and not self._torn
+        if sound and (self._snapshot is None or self._snapshot.position != self.state.position):
+            self._snapshot = self.cache.put(self.tokens, self.state, self._snapshot)
+
+    def _why(self, prompt: Prompt, continued: bool) -> str:
+        """What `reread` says."""
+        reasons = [prompt.changed] if prompt.changed else []
+        if not continued and not reasons:
+            reasons.append("what was read last is not part of the conversation")
+        if (missing := prompt.known - self.reused) > NEAR:
+            reasons.append(f"the cache holds no snapshot nearer than {missing} tokens before")
+        return "; ".join(reasons)
+
     def _reply_ids(self) -> list[int]:
-        return [] if self._turn is None else [*self.tokens[self._turn.start :], *self.pending]
+        return [*self.tokens[self._conversation.turns[-1].start :], *self.pending]
 
     def _reply_text(self) -> str:
         return self.tokenizer.decode(self._reply_ids(), skip_special=True, at_start=False)
 
-    def _transcript(self) -> Parts | None:
-        """What the state has read, as parts; None when that is not known to be a conversation."""
-        if self._turn is None:
-            return [] if self.state.position == 0 and not self.pending else None
-        if not self.tokenizer.special_ids.isdisjoint(self._reply_ids()):
-            return None  # the reply holds a marker that its text does not show
-        return [*self._turn.prompt, self._reply_text()]
-
-    def _settle(self) -> None:
-        """End the reply under way and keep what it said."""
+    def _stop(self) -> None:
+        """End the iteration under way."""
         if self._running is not None:
             try:
                 self._running.close()
             except ValueError:
                 raise InputError("the session is busy in another thread; use one session per thread") from None
             self._running = None
-        self._messages, self._turn = self.messages, None
+
+    def _settle(self) -> None:
+        """End the reply under way and keep what it said."""
+        self._stop()
+        if self._replying:
+            ids, text = self._reply_ids(), self._reply_text()
+            hidden = not self.tokenizer.special_ids.isdisjoint(ids)
+            self._conversation.end(ids, text if self._cut is None else self._cut, text,
+                                   CUT if self._cut is not None else HIDDEN if hidden else "")
+            self._replying, self._cut = False, None
+            self._keep()
 
     def _forget(self) -> None:
         """Back to before the first token."""
-        self.state = self.engine.new_state()
+        self.state, self._snapshot, self._torn = self.engine.new_state(), None, False
         self.tokens, self.pending = array("i"), []
 
 
 def _piece(text: str, drawn: list[Sample], finish: Any = None) -> Piece:
     return Piece(text, tuple(s.id for s in drawn), tuple(s.logprob for s in drawn), tuple(s.top for s in drawn), finish)
-
-
-def _continuation(read: Parts | None, prompt: Parts) -> Parts | None:
-    """What `prompt` adds to what was `read`; None if it does not begin with it."""
-    if read is None:
-        return None
-    known: Parts = []
-    for part in read:  # join neighbouring texts
-        if known and isinstance(part, str) and isinstance(last := known[-1], str):
-            known[-1] = last + part
-        elif part != "":
-            known.append(part)
-    if not known:
-        return prompt
-    at = len(known) - 1
-    if prompt[:at] != known[:at] or len(prompt) <= at:
-        return None
-    same, found = known[at], prompt[at]
-    if same == found:
-        return prompt[at + 1 :]
-    if isinstance(same, str) and isinstance(found, str) and found.startswith(same):
-        return [found[len(same) :], *prompt[at + 1 :]]
-    return None

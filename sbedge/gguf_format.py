@@ -9,8 +9,8 @@ own, the last one narrower, so that what a thread reads is one piece of memory. 
                          what codes beyond int8 lack: at index = input * out + output, code + value is the exact code
 and with `w4-spike`
     NAME.nibbles         [in * out/2]   I8    of each 64 outputs b in the low and b + 32 in the high half of byte b
-    NAME.scales          [in/32, out]   F16   weight = (nibble - zero) * scale of its group of 32 inputs
-    NAME.zeros           [in/32, out]   I8
+    NAME.scales          [in/64, out]   F16   weight = (nibble - zero) * scale of its group of 64 inputs (or 32, or 128)
+    NAME.zeros           [in/64, out]   I8
 """
 from __future__ import annotations
 
@@ -83,6 +83,12 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
     values[f"{ARCHITECTURE}.rope.dimension_count"] = config.head_dim
     values[f"{ARCHITECTURE}.{WINDOW_PATTERN}"] = [config.is_window_layer(i) for i in range(config.num_hidden_layers)]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def source_fingerprint(metadata: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the checkpoint a GGUF file was made from."""
+    fingerprint = metadata.get(f"{ARCHITECTURE}.source.fingerprint")
+    return fingerprint if isinstance(fingerprint, str) and fingerprint else None
 
 
 def config_from_metadata(metadata: Mapping[str, Any], source: str) -> ModelConfig:

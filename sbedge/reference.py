@@ -28,11 +28,12 @@ class Reference:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint(checkpoint)
         self.config = config or checkpoint.config
+        self.fingerprint: str | None = checkpoint.fingerprint
         names = [n for n in checkpoint.names() if not n.endswith(".scales")]
         self.weights: Mapping[str, np.ndarray] = {name: (weight or checkpoint.weight)(name) for name in names}
 
     def new_state(self) -> State:
-        return State(self.config)
+        return State(self.config, self.fingerprint)
 
     def forward(self, ids: Sequence[int] | np.ndarray, state: State, *, logits: str = "last") -> np.ndarray | None:
         """Advance `state` by len(ids) tokens; logits float32 [1, V] ("last"), [n, V] ("all") or None ("none")."""

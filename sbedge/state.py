@@ -8,25 +8,20 @@ Canonical layout, shared by all engines (they read and write these very buffers)
       (int8 only)           "{i}.key_scales"       [W, G]        float32          key = code * scale
                             "{i}.value_scales"     [W, G]        float32
 
-Every array starts on a 64-byte boundary of the block. Slots not written yet are zero.
+Every array starts on a 64-byte boundary of the block. Slots not written yet are zero. Files: docs/state.md.
 """
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from .config import ModelConfig
 from .errors import StateError
+from .state_file import StateFile, write_state_file
 
 ALIGNMENT = 64
-FORMAT = "sbedge-state-1"
-RESERVED = ("format", "position")   # metadata keys of ours, not the caller's
 
 
 def state_layout(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -44,16 +39,24 @@ def state_layout(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dty
     return layout
 
 
+def is_ring(name: str) -> bool:
+    """Whether this array of a state is a window layer's: its first axis has a slot for each token."""
+    return not name.endswith(".recurrent_state")
+
+
 class State:
     """What a model remembers after `position` tokens.
 
     arrays       name -> view into `block` (see the module's docstring)
     block        the memory itself, uint8, 64-byte aligned
     last_logits  [V] float32 for the token after the last one, or None when not computed
+    fingerprint  of the checkpoint whose model made it (`Checkpoint.fingerprint`), None if unknown. Only a model that
+                 comes from the same checkpoint, in whatever format and quantization, can go on with it.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, fingerprint: str | None = None):
         self.layout = state_layout(config)
+        self.fingerprint = fingerprint
         self.position = 0
         self.last_logits: np.ndarray | None = None
         self._bind(_aligned_zeros(sum(_padded(shape, dtype) for shape, dtype in self.layout.values())))
@@ -72,14 +75,19 @@ class State:
         """Bytes of memory the state takes, whatever its position."""
         return self.block.nbytes
 
+    def written(self) -> dict[str, np.ndarray]:
+        """Views of what the tokens so far have written: of a window's ring the first min(position, W) slots."""
+        return {name: array[:min(self.position, len(array))] if is_ring(name) else array
+                for name, array in self.arrays.items()}
+
     def copy(self) -> State:
         """An independent state with the same future."""
         twin = object.__new__(State)
-        twin.layout = self.layout
-        twin.position = self.position
+        twin.layout, twin.fingerprint, twin.position = self.layout, self.fingerprint, self.position
         twin.last_logits = None if self.last_logits is None else self.last_logits.copy()
         twin._bind(_aligned_zeros(self.block.nbytes))
-        twin.block[:] = self.block
+        for name, array in self.written().items():      # memory that is never touched is never taken
+            twin.arrays[name][:len(array)] = array
         return twin
 
     def __eq__(self, other: object) -> bool:
@@ -90,87 +98,90 @@ class State:
         mine, theirs = self.last_logits, other.last_logits
         same_logits = mine is theirs or (mine is not None and theirs is not None and np.array_equal(mine, theirs))
         return (same_logits and self.layout == other.layout and self.position == other.position
-                and np.array_equal(self.block, other.block))
+                and self.fingerprint == other.fingerprint and np.array_equal(self.block, other.block))
 
     __hash__ = object.__hash__     # identity: engines keep caches by state
 
+    # --- files -----------------------------------------------------------------------------------------
     def save(self, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
-        """Write a safetensors file (arrays under their names, `last_logits`, string metadata).
+        """Write a safetensors file, of windows only the slots in use; docs/state.md tells what it holds.
 
-        `extra` is metadata of the caller's, read back with `load_extra`. The file appears whole or not at all.
+        `extra` are texts of the caller's, read back with `load_extra`. The file appears whole or not at all.
         """
-        path = Path(path)
-        metadata = {**(extra or {}), "format": FORMAT, "position": str(self.position)}
-        tensors = dict(self.arrays)
+        arrays = self.written()
         if self.last_logits is not None:
-            tensors["last_logits"] = self.last_logits
-        temporary = None
-        try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-                temporary = file.name
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise StateError(f"{path}: state cannot be written ({error})") from None
-        finally:
-            if temporary and os.path.exists(temporary):
-                os.unlink(temporary)
+            arrays["last_logits"] = self.last_logits
+        metadata = {"position": str(self.position)}
+        if windows := {shape[0] for name, (shape, _) in self.layout.items() if is_ring(name)}:
+            metadata["sliding_window"] = str(windows.pop())
+        if self.fingerprint is not None:
+            metadata["fingerprint"] = self.fingerprint
+        write_state_file(Path(path), arrays, extra or {}, metadata)
 
     @classmethod
-    def load(cls, path: str | Path, config: ModelConfig) -> State:
-        """Read a saved state; StateError if it is damaged or belongs to a model of other sizes."""
-        with _open(path) as file:
-            metadata = _metadata(file, path)
-            position = metadata["position"]
-            if not (position.isascii() and position.isdigit() and len(position) < 19):
-                raise StateError(f"{path}: position is {position[:40]!r}, expected a whole number")
-            state = cls(config)
-            state.position = int(position)
-            wanted = dict(state.layout)
-            if "last_logits" in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                wanted["last_logits"] = (config.vocab_size,), np.dtype(np.float32)
-            _check_tensors(file, wanted, path)
-            for name, array in state.arrays.items():
-                array[...] = file.get_tensor(name)
-            if "last_logits" in wanted:
-                state.last_logits = file.get_tensor("last_logits")
-        return state
+    def load(cls, path: str | Path, config: ModelConfig, fingerprint: str | None = None) -> State:
+        """Read a saved state for a model of `config` whose source has `fingerprint` (an engine knows both).
+
+        StateError if the file is damaged or belongs to another model. None as `fingerprint` compares sizes only.
+        """
+        return load_state(path, config, fingerprint)[0]
 
     @staticmethod
     def load_extra(path: str | Path) -> dict[str, str]:
-        """The `extra` metadata a state was saved with."""
-        with _open(path) as file:
-            return {k: v for k, v in _metadata(file, path).items() if k not in RESERVED}
+        """The `extra` texts a state was saved with; StateError as `load`."""
+        with StateFile(path) as file:
+            return file.read({})
 
 
-SAFETENSORS_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8"}
+def load_state(path: str | Path, config: ModelConfig, fingerprint: str | None = None) -> tuple[State, dict[str, str]]:
+    """A saved state and its extra texts, in one reading; see `State.load`."""
+    with StateFile(path) as file:
+        found = file.metadata.get("fingerprint")
+        check_source(found, fingerprint, str(path))
+        position, window = (whole_number(file, key) for key in ("position", "sliding_window"))
+        if config.attn_layers and not file.is_old and window != config.sliding_window:
+            raise file.error(f"belongs to another model: its sliding window is {window}, expected "
+                             f"{config.sliding_window}; use it with the model that made it")
+        _check_arrays(file, config, position)
+        state = State(config, found or fingerprint)
+        state.position = position
+        wanted = dict(state.arrays) if file.is_old else state.written()
+        if "last_logits" in file.entries:
+            wanted["last_logits"] = state.last_logits = np.empty(config.vocab_size, np.float32)
+        return state, file.read(wanted)
 
 
-def _check_tensors(file, wanted: dict[str, tuple[tuple[int, ...], np.dtype]], path: str | Path) -> None:
-    if extra := set(file.keys()) - wanted.keys():
-        raise StateError(f"{path}: holds {min(extra)}, which a state of this model does not have")
-    for name, (shape, dtype) in wanted.items():
-        if name not in file.keys():  # noqa: SIM118
-            raise StateError(f"{path}: {name} is missing; the state belongs to another model")
-        found = file.get_slice(name)
-        if tuple(found.get_shape()) != shape or found.get_dtype() != SAFETENSORS_NAMES[dtype]:
-            raise StateError(f"{path}: {name} is {found.get_dtype()} {found.get_shape()}, expected "
-                             f"{SAFETENSORS_NAMES[dtype]} {list(shape)}; the state belongs to another model")
+def check_source(found: str | None, expected: str | None, what: str) -> None:
+    """StateError unless a state of checkpoint `found` fits a model of checkpoint `expected`; None fits any."""
+    if found is not None and expected is not None and found != expected:
+        raise StateError(f"{what}: belongs to another model: the fingerprint of its checkpoint is {found[:12]!r}, "
+                         f"expected {expected[:12]!r}; use it with a model exported from the same checkpoint")
 
 
-def _open(path: str | Path):
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise StateError(f"{path}: not a saved state, or damaged ({error})") from None
+def whole_number(file: StateFile, key: str) -> int:
+    """A number of the metadata, 0 where there is none; StateError if it is no number."""
+    text = file.metadata.get(key, "0" if key != "position" else "")
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise file.error(f"{key} is {text[:40]!r}, expected a whole number; the file is damaged")
+    return int(text)
 
 
-def _metadata(file, path: str | Path) -> dict[str, str]:
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT or "position" not in metadata:
-        raise StateError(f"{path}: not a state saved by sbedge (format {metadata.get('format')!r}, "
-                         f"expected {FORMAT!r})")
-    return metadata
+def _check_arrays(file: StateFile, config: ModelConfig, position: int) -> None:
+    """All arrays of a state are there, in the shapes that its position asks for, and no others."""
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for name, (shape, dtype) in state_layout(config).items():
+        slots = min(position, shape[0]) if is_ring(name) and not file.is_old else shape[0]
+        wanted[name] = (slots, *shape[1:]), dtype
+    known = {**wanted, "last_logits": ((config.vocab_size,), np.dtype(np.float32))}
+    if extra := file.entries.keys() - known.keys() - set(file.extras):
+        raise file.error(f"holds {min(extra)!r:.40}, which a state of this model does not have")
+    for name, (shape, dtype) in known.items():
+        entry = file.entries.get(name)
+        if entry is None and name in wanted:
+            raise file.error(f"{name} is missing; the state belongs to another model")
+        if entry is not None and (entry.shape, entry.dtype) != (shape, dtype):
+            raise file.error(f"{name} is {entry}, expected {dtype.name} {list(shape)}; the state belongs to another "
+                             "model")
 
 
 def _padded(shape: tuple[int, ...], dtype: np.dtype) -> int:

@@ -61,7 +61,7 @@ def random_blocks(rng, out, width, bits):
     return np.ascontiguousarray(blocks.reshape(out, -1))
 
 
-@given(seed=st.integers(0, 10_000), bits=st.sampled_from([8, 4]), n=st.sampled_from([1, 2, 3, 5, 8, 63, 64, 65, 130]),
+@given(seed=st.integers(0, 10_000), bits=st.sampled_from([8, 4]), n=st.sampled_from([1, 2, 3, 8, 16, 17, 63, 64, 130]),
        out=st.integers(1, 200), blocks=st.integers(1, 20), nth=st.integers(1, 4), with_bias=st.booleans())
 @settings(max_examples=120, deadline=None)
 def test_any_shape_gives_what_its_twin_gives_on_every_instruction_set(seed, bits, n, out, blocks, nth, with_bias):
@@ -79,8 +79,21 @@ def test_any_shape_gives_what_its_twin_gives_on_every_instruction_set(seed, bits
 
 @pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("bits", [8, 4])
+def test_a_token_gets_the_same_bits_alone_and_among_a_few_others(name, bits):
+    rng = np.random.default_rng(1)
+    stored = random_blocks(rng, 70, 352, bits)
+    x = rng.standard_normal((16, 352)).astype(np.float32)
+    lib.set_isa(name.encode())
+    together = [matmul(stored, bits, x[:n], nth=n % 3 + 1) for n in range(1, 17)]
+    lib.set_isa(BEST)
+    for n, y in enumerate(together, 1):
+        np.testing.assert_array_equal(y, together[-1][:n])
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("bits", [8, 4])
 def test_extreme_codes_do_not_saturate(name, bits):
-    x = np.ones((5, 64), np.float32)
+    x = np.ones((20, 64), np.float32)
     x[:, ::3] = -1                                  # codes of +-127
     stored = np.empty((3, 2, 34 if bits == 8 else 18), np.uint8)
     stored[..., :2] = np.array([1], np.float16).view(np.uint8)

@@ -65,7 +65,7 @@ def test_nibbles_come_back_and_lie_where_the_kernels_look():
         assert packed[2, block * 32 + b] == nibbles[2, block * 64 + b] | nibbles[2, block * 64 + b + 32] << 4
 
 
-@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize(("zeros", "step"), [(True, 15), (False, 8)])
 def test_four_bits_move_no_weight_by_more_than_a_step(group, zeros, step):
     weight = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)

@@ -267,3 +267,31 @@ def test_event_layouts_of_earlier_files_in_one_stripe_still_run(tmp_path, monkey
     ids = ids_of(now.config, 20)
     np.testing.assert_array_equal(run(now, ids)[0], run(before, ids)[0])
     np.testing.assert_array_equal(run(now, ids, [1] * 20)[0], run(before, ids, [1] * 20)[0])
+
+
+def test_an_interrupt_during_a_run_leaves_the_state_as_after_it(tmp_path):
+    """Python notices an interrupt when ggml has returned: the arrays have moved on, so must the position and logits."""
+    engine = export(TINY, tmp_path / "m.gguf")
+    ids = ids_of(engine.config, 12)
+    whole, interrupted = engine.new_state(), engine.new_state()
+    run_graph = engine.f.backend_graph_compute
+
+    def then_interrupt(*arguments):
+        run_graph(*arguments)
+        raise KeyboardInterrupt
+
+    class Interrupting:
+        backend_graph_compute = staticmethod(then_interrupt)
+
+        def __getattr__(self, name):
+            return getattr(functions, name)
+
+    functions = engine.f
+    for piece in (ids[:7], ids[7:8]):
+        engine.forward(piece, whole)
+        engine.f = Interrupting()
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward(piece, interrupted)
+        engine.f = functions
+    assert interrupted == whole
+    np.testing.assert_array_equal(engine.forward(ids[8:], interrupted), engine.forward(ids[8:], whole))

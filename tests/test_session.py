@@ -1,26 +1,24 @@
 """Sessions: streaming, stop strings, interruption, chat without re-reading, forks and files.
 
-The engine here is a stand-in whose logits depend on every id seen so far, so that a token fed twice, left
-out or out of order changes all that follows.
+The engine is a stand-in (fake_engine.py) whose logits depend on every id seen so far.
 """
 from __future__ import annotations
 
+import json
 import threading
-from dataclasses import replace
-from functools import cache
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_engine import FakeEngine, ids_of, scripted, text_of
+from safetensors.numpy import save_file
 
-from sbedge.config import ModelConfig
 from sbedge.errors import InputError, StateError, TokenizerError
-from sbedge.runtime.engine import checked_ids
 from sbedge.runtime.load import ids_only
 from sbedge.runtime.sampling import Sampling
 from sbedge.runtime.session import Session
 from sbedge.runtime.tokenizer import Tokenizer
-from sbedge.state import State
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 IM_START, IM_END = 151644, 151645
@@ -29,66 +27,6 @@ IM_START, IM_END = 151644, 151645
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.from_folder(DATA / "qwen2-subset")
-
-
-def tiny_config(vocab_size: int) -> ModelConfig:
-    return ModelConfig.from_dict({
-        "model_type": "gla_swa", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "intermediate_size": 8, "vocab_size": vocab_size, "sliding_window": 4,
-    })
-
-
-@cache
-def plain_ids(vocabulary) -> list[int]:
-    special = set(vocabulary.special.values())
-    return [i for i in range(vocabulary.size) if vocabulary.token_bytes(i) and i not in special]
-
-
-class FakeEngine:
-    """Replies with `script` (token ids) once `cue` was read, else with ids drawn from a hash of all ids."""
-
-    def __init__(self, tokenizer, script=(), cue="", vocab_size=None):
-        self.config = tiny_config(vocab_size or tokenizer.vocab_size)
-        self.tokenizer, self.script, self.cue = tokenizer, list(script), cue
-        self.usable = plain_ids(tokenizer.vocabulary)
-        self.calls: list[list[int]] = []
-        self.interrupt_after: int | None = None
-
-    def new_state(self):
-        state = State(self.config)
-        next(iter(state.arrays.values())).flat[0] = 1  # the hash, kept in the state's own memory
-        return state
-
-    def forward(self, ids, state, *, logits="last"):
-        ids = checked_ids(ids, self.config).tolist()
-        if self.interrupt_after is not None and len(self.calls) >= self.interrupt_after:
-            raise KeyboardInterrupt
-        self.calls.append(ids)
-        memory = next(iter(state.arrays.values())).flat
-        for id in ids:
-            memory[0] = (int(memory[0]) * 31 + id * 7 + 1) % 65521
-            state.position += 1
-        rng = np.random.default_rng(int(memory[0]))
-        row = np.full(self.config.vocab_size, -20, np.float32)
-        row[self.usable] = rng.normal(size=len(self.usable)).astype(np.float32)
-        if self.script:
-            at = int(memory[1])
-            memory[1] = at + (len(ids) == 1 or at == 0)
-            row[self.script[min(at, len(self.script) - 1)]] = 50
-        state.last_logits = row
-        return row[None]
-
-
-def text_of(pieces):
-    return "".join(piece.text for piece in pieces)
-
-
-def ids_of(pieces):
-    return [id for piece in pieces for id in piece.ids]
-
-
-def scripted(tokenizer, text, **kw):
-    return Session(FakeEngine(tokenizer, script=tokenizer.encode(text)), tokenizer, **kw)
 
 
 def test_pieces_add_up_to_the_decoded_tokens(tokenizer):
@@ -247,7 +185,6 @@ def test_chat_feeds_each_turn_once_and_reads_what_the_template_says(tokenizer):
     session = Session(engine, tokenizer)
     assert text_of(session.chat("Hello! How are you?", system="count")) == "I'm fine."
     first = len(session.tokens)
-    session.state.arrays["0.recurrent_state"].flat[1] = 0  # the script from its beginning
     assert text_of(session.chat("one, two")) == "I'm fine."
     assert session.reused == first and 0 < session.prefilled < first
     turns = ["system\ncount", "user\nHello! How are you?", "assistant\nI'm fine.", "user\none, two"]
@@ -282,16 +219,12 @@ def test_an_interrupted_prompt_leaves_the_conversation_as_it_was(tokenizer):
     assert [m["role"] for m in session.messages] == ["user", "assistant"]
 
 
-def test_another_system_message_or_a_stop_string_reads_the_conversation_again(tokenizer):
+def test_another_system_message_reads_the_conversation_again(tokenizer):
     session = Session(FakeEngine(tokenizer), tokenizer)
     list(session.chat("Hello", max_tokens=3))
     list(session.chat("How", system="count", max_tokens=3))
     assert session.reused == 0 and session.prefilled == len(session.tokens) - 2
-    session = scripted(tokenizer, "one, two, three.<|im_end|>")
-    assert text_of(session.chat("count", stop=["two"])) == "one, "
-    assert session.messages[-1]["content"] == "one, "
-    list(session.chat("How", max_tokens=1))
-    assert session.reused == 0
+    assert session.reread == "the system text was changed"
 
 
 def test_plain_text_in_between_makes_chat_start_over(tokenizer):
@@ -357,6 +290,25 @@ def test_a_damaged_session_file_is_refused(tokenizer, tmp_path, extra):
     FakeEngine(tokenizer).new_state().save(tmp_path / "s", extra)
     with pytest.raises(StateError, match="session"):
         Session.load(tmp_path / "s", FakeEngine(tokenizer), tokenizer)
+
+
+def test_a_session_saved_by_version_1_goes_on(tokenizer, tmp_path):
+    session = Session(FakeEngine(tokenizer), tokenizer, sampling=Sampling(temperature=1, seed=9))
+    list(session.chat("Hello", max_tokens=5))
+    turn = session._conversation.turns[-1]
+    record = {"tokens": session.tokens.tolist(), "pending": session.pending, "messages": session.messages[:-1],
+              "turn": {"prompt": turn.prompt, "start": turn.start, "content": None},
+              "sampling": asdict(session.sampling) | {"logit_bias": []}, "random": session.sampler.get_state()}
+    save_file({**session.state.arrays, "last_logits": session.state.last_logits}, tmp_path / "s",
+              {"format": "sbedge-state-1", "position": str(session.state.position), "session": json.dumps(record)})
+    loaded = Session.load(tmp_path / "s", FakeEngine(tokenizer), tokenizer)
+    assert loaded.messages == session.messages and loaded.tokens == session.tokens
+    assert ids_of(loaded.chat("How", max_tokens=6)) == ids_of(session.chat("How", max_tokens=6))
+    assert loaded.reused == session.reused > 0 and loaded.reread == ""
+    record["turn"] = None       # plain text was read last
+    save_file(dict(session.fork().state.arrays), tmp_path / "s", {
+        "format": "sbedge-state-1", "position": "99", "session": json.dumps(record)})
+    assert Session.load(tmp_path / "s", FakeEngine(tokenizer), tokenizer).messages == session.messages[:1]
 
 
 def test_reset_makes_the_same_reply_again(tokenizer):

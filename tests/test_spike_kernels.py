@@ -135,18 +135,19 @@ class Layer:
         return y if self.bias is None else y + self.bias
 
 
-def w8_layer(rng, inputs, out, residual=False, bias=False, stripe=0):
+def w8_layer(rng, inputs, out, residual=False, bias=False, stripe=0, unsigned=False):
     codes = rng.integers(-128, 128, (out, inputs), dtype=np.int32)
     if residual:
         beyond = rng.random(codes.shape) < 0.03
         codes[beyond] = rng.integers(-400, 400, np.count_nonzero(beyond))
     int8, index, value = split_codes(codes)
+    stored = (int8.view(np.uint8) ^ 0x80) if unsigned else int8
     start, output = residual_rows(index, int8.shape)
     scales = rng.random((-(-inputs // 128), out), np.float32) * np.float32(0.01)
     shift = rng.standard_normal(out).astype(np.float32) if bias else None
-    stored = to_stripes(int8, stripe or out)
+    stored = to_stripes(stored, stripe or out)
     struct = W8(inputs, out, stripe, pointer(stored), pointer(scales), pointer(shift),
-                pointer(start if residual else None), pointer(output), pointer(value))
+                pointer(start if residual else None), pointer(output), pointer(value), unsigned)
     return Layer(codes.T.astype(np.int64), scales, shift, struct, [stored, start, output, value])
 
 
@@ -175,11 +176,12 @@ def spikes(rng, n, inputs, silent, largest=7):
 def make_layer(kind, rng, inputs, out, bias=False):
     stripe = int(rng.choice([0, 64, 128]))
     if kind.startswith("w8"):
-        return w8_layer(rng, inputs, out, kind.endswith("residual"), bias, stripe)
-    return w4_layer(rng, inputs, -(-out // 64) * 64, 32 if "32" in kind else 128, "zeros" in kind, bias, stripe)
+        return w8_layer(rng, inputs, out, "residual" in kind, bias, stripe, "unsigned" in kind)
+    return w4_layer(rng, inputs, -(-out // 64) * 64, int(kind.split("-")[1]), "zeros" in kind, bias, stripe)
 
 
-KINDS = ["w8", "w8-residual", "w4-32", "w4-32-zeros", "w4-128", "w4-128-zeros"]
+KINDS = ["w8", "w8-residual", "w8-unsigned", "w8-unsigned-residual",
+         "w4-32", "w4-32-zeros", "w4-64-zeros", "w4-128", "w4-128-zeros"]
 LARGEST = [7, 64, 65, 127, 128, 60_000]
 
 

@@ -1,14 +1,19 @@
 """The state is a plain value: constant in size, copied, compared, saved and loaded."""
 from __future__ import annotations
 
+import os
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from golden import TINY, W8ASPIKE, truncate
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny import write_tiny_checkpoint
 
+from sbedge.checkpoint import Checkpoint
 from sbedge.errors import StateError
 from sbedge.reference import Reference
 from sbedge.state import State
@@ -163,4 +168,101 @@ def test_a_state_with_a_wrong_type_or_a_missing_or_extra_array_is_refused(
                    {n: a for n, a in arrays.items() if n != name}, {**arrays, "last_logits": np.zeros(3, np.float32)}):
         save_file(broken, path, metadata)
         with pytest.raises(StateError, match=r"s\.state: "):
+            State.load(path, model.config)
+
+
+# --- whose it is, and what a file holds ------------------------------------------------------------
+def save_version_1(state: State, path: Path, **extra: str) -> None:
+    """As they were written before windows were stored by their slots in use."""
+    save_file({**state.arrays, "last_logits": state.last_logits}, path,
+              {"format": "sbedge-state-1", "position": str(state.position), **extra})
+
+
+def test_a_state_knows_the_checkpoint_it_belongs_to(model: Reference, state: State, tmp_path: Path) -> None:
+    fingerprint = Checkpoint(TINY if model.config.vocab_size == 320 else W8ASPIKE).fingerprint
+    state.save(tmp_path / "s.state")
+    loaded = State.load(tmp_path / "s.state", model.config, fingerprint)
+    assert loaded.fingerprint == state.fingerprint == state.copy().fingerprint == fingerprint
+
+
+def test_a_state_of_another_checkpoint_of_the_same_sizes_is_refused_by_its_fingerprint(
+        model: Reference, state: State, tmp_path: Path) -> None:
+    state.save(tmp_path / "s.state")
+    with pytest.raises(StateError, match=rf"s\.state: belongs to another model: .*'{state.fingerprint[:12]}', "
+                                         r"expected 'ffffffffffff'; use it with"):
+        State.load(tmp_path / "s.state", model.config, "f" * 64)
+
+
+def test_a_state_of_an_unknown_checkpoint_is_taken_by_its_sizes(model: Reference, state: State, tmp_path: Path) -> None:
+    state.fingerprint = None
+    state.save(tmp_path / "s.state")
+    assert State.load(tmp_path / "s.state", model.config, "f" * 64).fingerprint == "f" * 64
+
+
+def test_a_window_of_another_size_is_refused_though_its_slots_in_use_fit(tmp_path: Path) -> None:
+    wide, narrow = (Reference(write_tiny_checkpoint(tmp_path / str(W), sliding_window=W)) for W in (16, 12))
+    state = wide.new_state()
+    wide.forward([1, 2, 3], state)
+    state.save(tmp_path / "s.state")
+    with pytest.raises(StateError, match="its sliding window is 16, expected 12"):
+        State.load(tmp_path / "s.state", narrow.config)
+
+
+def test_states_of_version_1_still_load(model: Reference, tmp_path: Path) -> None:
+    for count in (3, 70):
+        state = model.new_state()
+        model.forward(np.arange(count) % model.config.vocab_size, state)
+        save_version_1(state, tmp_path / "old.state", session="{}", note="x")
+        assert State.load(tmp_path / "old.state", model.config, model.fingerprint) == state
+        assert State.load_extra(tmp_path / "old.state") == {"session": "{}", "note": "x"}
+
+
+def test_any_safetensors_library_reads_a_saved_state(state: State, tmp_path: Path) -> None:
+    state.save(tmp_path / "s.state", {"note": "é\x00"})
+    arrays = load_file(tmp_path / "s.state")
+    assert bytes(arrays.pop("extra.note")).decode() == "é\x00"
+    np.testing.assert_array_equal(arrays.pop("last_logits"), state.last_logits)
+    assert arrays.keys() == state.arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, state.arrays[name])
+    with safe_open(tmp_path / "s.state", "numpy") as file:
+        assert file.metadata().items() >= {"format": "sbedge-state-2", "position": "70",
+                                           "fingerprint": state.fingerprint}.items()
+
+
+def test_the_checksum_is_the_documented_one(state: State, tmp_path: Path) -> None:
+    state.save(tmp_path / "s.state", {"note": '"checksum":"12345678"'})
+    data = (tmp_path / "s.state").read_bytes()
+    with safe_open(tmp_path / "s.state", "numpy") as file:
+        checksum = file.metadata()["checksum"]
+    zeroed = data[8:].replace(f'"checksum":"{checksum}"'.encode(), b'"checksum":"00000000"', 1)
+    assert f"{zlib.crc32(zeroed):08x}" == checksum
+
+
+def test_a_short_state_makes_a_small_file(tmp_path: Path) -> None:
+    model = Reference(write_tiny_checkpoint(tmp_path / "c", sliding_window=4096))
+    state = model.new_state()
+    model.forward([1, 2, 3], state)
+    state.save(tmp_path / "s.state")
+    assert (tmp_path / "s.state").stat().st_size < state.nbytes / 50
+    assert State.load(tmp_path / "s.state", model.config) == state == state.copy()
+
+
+def test_any_changed_byte_is_found(model: Reference, state: State, tmp_path: Path) -> None:
+    path = tmp_path / "s.state"
+    state.save(path, {"session": "{}"})
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    for at in [*range(header + 8), *range(header + 8, len(good), 97), len(good) - 1]:
+        with path.open("r+b") as file:      # in place: far faster than a new file each time
+            file.write(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+        with pytest.raises(StateError, match=r"s\.state: "):
+            State.load(path, model.config)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_file_is_refused_at_once(model: Reference, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(StateError, match="not a file"):
             State.load(path, model.config)

@@ -60,24 +60,60 @@ void block_encode(const float* x, int64_t n, int64_t width, int8_t* codes, float
     }
 }
 
-// --- one token: each row is read once, from its beginning to its end -------------------------------------------------
+// --- few tokens: each row is read once, from its beginning to its end, and multiplied with every token's codes --------
 
-template <class Backend, int BITS>
-float dense_row(const uint8_t* row, int64_t blocks, const int8_t* codes, const float* scales, const int32_t* sums) {
+constexpr int64_t FEW_TOKENS = 16;
+
+// What block_encode made of n tokens.
+struct Encoded {
+    const int8_t* codes;
+    const float* scales;
+    const int32_t* sums;
+    int64_t width;
+
+    Encoded from(int64_t token) const {
+        const int64_t blocks = token * width / BLOCK;
+        return {codes + token * width, scales + blocks, sums + blocks, width};
+    }
+};
+
+// One row times N tokens -> y [N], `stride` apart. The order of additions does not depend on N.
+template <class Backend, int BITS, int N>
+void dense_row(const uint8_t* row, const Encoded& x, float bias, float* y, int64_t stride) {
     constexpr int BYTES = Format<BITS>::BYTES, LOT = 8, CHAINS = 4;
-    typename Backend::template Row<BITS> chain[CHAINS];     // of additions that do not wait for each other
+    typename Backend::template Row<BITS> chain[N][CHAINS];      // of additions that do not wait for each other
+    const int64_t blocks = x.width / BLOCK;
+    const auto add = [&](int64_t b, int c) {
+        const float scale = Backend::widen(half_at(row));
+        for (int t = 0; t < N; ++t)
+            chain[t][c].add(row + 2, x.codes + t * x.width + b * BLOCK, x.sums[t * blocks + b],
+                            scale * x.scales[t * blocks + b]);
+        row += BYTES;
+    };
     int64_t b = 0;
     for (; b + LOT <= blocks; b += LOT) {
         for (int i = 0; i < LOT * BYTES; i += 64) __builtin_prefetch(row + Format<BITS>::AHEAD + i);
-        for (int j = 0; j < LOT; ++j, row += BYTES)
-            chain[j % CHAINS].add(row + 2, codes + (b + j) * BLOCK, sums[b + j],
-                                  Backend::widen(half_at(row)) * scales[b + j]);
+        for (int j = 0; j < LOT; ++j) add(b + j, j % CHAINS);
     }
-    for (; b < blocks; ++b, row += BYTES)
-        chain[0].add(row + 2, codes + b * BLOCK, sums[b], Backend::widen(half_at(row)) * scales[b]);
-    float total = 0;
-    for (const auto& one : chain) total += one.total();
-    return total;
+    for (; b < blocks; ++b) add(b, 0);
+    for (int t = 0; t < N; ++t) {
+        float total = 0;
+        for (const auto& one : chain[t]) total += one.total();
+        y[t * stride] = total + bias;
+    }
+}
+
+template <class Backend, int BITS>
+void dense_rows(const sbedge_dense& w, const Encoded& x, int64_t n, float* y, int64_t y_stride, Range range) {
+    const int64_t bytes = w.in / BLOCK * Format<BITS>::BYTES;
+    for (int64_t o = range.begin; o < range.end; ++o) {
+        const uint8_t* row = w.blocks + o * bytes;
+        const float bias = w.bias ? w.bias[o] : 0.0f;
+        int64_t t = 0;
+        for (; t + 4 <= n; t += 4)
+            dense_row<Backend, BITS, 4>(row, x.from(t), bias, y + t * y_stride + o, y_stride);
+        for (; t < n; ++t) dense_row<Backend, BITS, 1>(row, x.from(t), bias, y + t * y_stride + o, y_stride);
+    }
 }
 
 // --- many tokens: tiles of 64 outputs ----------------------------------------------------------------------------------
@@ -119,7 +155,7 @@ struct DenseTile {
     }
 
     // y of `tokens` <= TOKEN_BLOCK tokens
-    void multiply(const int8_t* codes, const float* scales, const int32_t* sums, int64_t tokens) {
+    void multiply(const Encoded& given, int64_t tokens) {
         alignas(64) uint8_t tile[BLOCK * TILE];
         alignas(64) int8_t x[TOKEN_BLOCK][BLOCK] = {};
         alignas(64) float weight_scales[TILE];
@@ -130,12 +166,12 @@ struct DenseTile {
             uint16_t halves[TILE];
             for (int64_t o = 0; o < TILE; ++o) halves[o] = half_at(rows[o] + b * Format<BITS>::BYTES);
             Backend::widen(halves, weight_scales);
-            for (int64_t t = 0; t < tokens; ++t) std::memcpy(x[t], codes + t * w.in + b * BLOCK, BLOCK);
+            for (int64_t t = 0; t < tokens; ++t) std::memcpy(x[t], given.codes + t * w.in + b * BLOCK, BLOCK);
             for (int64_t t = 0; t < tokens; t += Backend::TOKENS) {
                 Backend::whole_product(tile, QUADS, x[t], BLOCK, products[0]);
                 for (int m = 0; m < Backend::TOKENS && t + m < tokens; ++m)
-                    add(y[t + m], products[m], weight_scales, scales[(t + m) * blocks + b],
-                        OFFSET * sums[(t + m) * blocks + b]);
+                    add(y[t + m], products[m], weight_scales, given.scales[(t + m) * blocks + b],
+                        OFFSET * given.sums[(t + m) * blocks + b]);
             }
         }
     }
@@ -153,19 +189,14 @@ template <class Backend, int BITS>
 void dense(const sbedge_dense* w, const int8_t* codes, const float* scales, const int32_t* sums, int64_t n, float* y,
            int64_t y_stride, int ith, int nth) {
     const Range range = share(w->out, OUTPUT_BLOCK, ith, nth);
-    const int64_t blocks = w->in / BLOCK;
-    if (n == 1) {
-        const uint8_t* row = w->blocks + range.begin * blocks * Format<BITS>::BYTES;
-        for (int64_t o = range.begin; o < range.end; ++o, row += blocks * Format<BITS>::BYTES)
-            y[o] = dense_row<Backend, BITS>(row, blocks, codes, scales, sums) + (w->bias ? w->bias[o] : 0.0f);
-        return;
-    }
+    const Encoded x{codes, scales, sums, w->in};
+    if (n <= FEW_TOKENS) return dense_rows<Backend, BITS>(*w, x, n, y, y_stride, range);
     for (int64_t begin = range.begin; begin < range.end; begin += TILE) {
         const Range outputs{begin, begin + TILE < range.end ? begin + TILE : range.end};
         DenseTile<Backend, BITS> tile(*w, outputs);
         for (int64_t start = 0; start < n; start += TOKEN_BLOCK) {
             const int64_t tokens = n - start < TOKEN_BLOCK ? n - start : TOKEN_BLOCK;
-            tile.multiply(codes + start * w->in, scales + start * blocks, sums + start * blocks, tokens);
+            tile.multiply(x.from(start), tokens);
             for (int64_t t = 0; t < tokens; ++t)
                 for (int64_t o = outputs.begin; o < outputs.end; ++o)
                     y[(start + t) * y_stride + o] = tile.y[t][o - outputs.begin] + (w->bias ? w->bias[o] : 0.0f);

@@ -129,7 +129,7 @@ int64_t sbedge_gla_scratch(int64_t heads, int64_t groups, int64_t d, int64_t n) 
     return current()->mixer->gla_scratch(heads, groups, d, n);
 }
 
-void sbedge_gla(const sbedge_gla_input* in, int64_t n, float* state, float* out, float* scratch, int ith, int nth) {
+void sbedge_gla(sbedge_gla_input* in, int64_t n, float* state, float* out, float* scratch, int ith, int nth) {
     current()->mixer->gla(in, n, state, out, scratch, ith, nth);
 }
 
@@ -137,7 +137,7 @@ int64_t sbedge_window_scratch(int64_t heads, int64_t groups, int64_t d, int64_t 
     return current()->mixer->window_scratch(heads, groups, d, window, n);
 }
 
-void sbedge_window(const sbedge_window_input* in, int64_t position, int64_t n, sbedge_ring* ring, float* out,
+void sbedge_window(sbedge_window_input* in, int64_t position, int64_t n, sbedge_ring* ring, float* out,
                    float* scratch, int ith, int nth) {
     current()->mixer->window(in, position, n, ring, out, scratch, ith, nth);
 }

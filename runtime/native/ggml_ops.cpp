@@ -70,14 +70,32 @@ int linear_parts(const sbedge_op_linears* op) {
     return threads(op->pool) * static_cast<int>(lots < 1 ? 1 : lots > MOST ? MOST : lots);
 }
 
+// Several sequences: each is one part's work, whole.
 void gla(void* userdata, int ith, int nth) {
-    const auto* op = static_cast<const sbedge_op_gla*>(userdata);
-    sbedge_gla(&op->in, op->n, op->state, op->out, op->scratch, ith, nth);
+    auto* op = static_cast<sbedge_op_gla*>(userdata);
+    if (op->sequences == 1) return sbedge_gla(&op->in, op->n, op->states[0], op->out, op->scratch, ith, nth);
+    const sbedge_gla_input& all = op->in;
+    float* scratch = op->scratch + ith * sbedge_gla_scratch(all.heads, all.groups, all.d, 1);
+    for (int64_t s = ith; s < op->sequences; s += nth) {
+        sbedge_gla_input in = all;
+        in.q += s * all.q_stride, in.k += s * all.k_stride, in.v += s * all.v_stride, in.gate += s * all.gate_stride;
+        sbedge_gla(&in, 1, op->states[s], op->out + s * all.heads * all.d, scratch, 0, 1);
+    }
 }
 
 void window(void* userdata, int ith, int nth) {
     auto* op = static_cast<sbedge_op_window*>(userdata);
-    sbedge_window(&op->in, *op->position, op->n, &op->ring, op->out, op->scratch, ith, nth);
+    if (op->sequences == 1)
+        return sbedge_window(&op->in, op->positions[0], op->n, op->rings, op->out, op->scratch, ith, nth);
+    const sbedge_window_input& all = op->in;
+    const int64_t d = op->rings->d, groups = op->rings->groups;
+    float* scratch = op->scratch + ith * sbedge_window_scratch(all.heads, groups, d, op->rings->window, 1);
+    for (int64_t s = ith; s < op->sequences; s += nth) {
+        sbedge_window_input in = all;
+        in.q += s * all.q_stride, in.k += s * all.k_stride, in.v += s * all.v_stride;
+        in.cos += s * d / 2, in.sin += s * d / 2;
+        sbedge_window(&in, op->positions[s], 1, op->rings + s, op->out + s * all.heads * d, scratch, 0, 1);
+    }
 }
 
 }  // namespace

@@ -60,16 +60,17 @@ typedef struct {
 typedef struct {
     sbedge_pool* pool;
     sbedge_gla_input in;
-    int64_t n;
-    float *state, *out, *scratch;
+    int64_t n, sequences; /* more than one: n is 1, and a sequence's token is its row of the inputs */
+    float* const* states; /* [sequences] */
+    float *out, *scratch;
 } sbedge_op_gla;
 
 typedef struct {
     sbedge_pool* pool;
     sbedge_window_input in;
-    const int64_t* position; /* read at every run: one graph serves all positions */
-    int64_t n;
-    sbedge_ring ring;
+    const int64_t* positions; /* [sequences], read at every run: one graph serves all positions */
+    int64_t n, sequences;
+    sbedge_ring* rings; /* [sequences] */
     float *out, *scratch;
 } sbedge_op_window;
 

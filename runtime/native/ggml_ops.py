@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import ctypes as c
 
-from .library import GlaInput, Ring, WindowInput
+from .library import GlaInput, WindowInput
 
 MAX_LINEARS = 4
 KIND_W8, KIND_W4, KIND_DENSE = range(3)
@@ -27,9 +27,10 @@ class LinearsOp(c.Structure):
 
 
 class GlaOp(c.Structure):
-    _fields_ = (("pool", _P), ("input", GlaInput), ("n", _I64), ("state", _P), ("out", _P), ("scratch", _P))
+    _fields_ = (("pool", _P), ("input", GlaInput), ("n", _I64), ("sequences", _I64), ("states", _P), ("out", _P),
+                ("scratch", _P))
 
 
 class WindowOp(c.Structure):
-    _fields_ = (("pool", _P), ("input", WindowInput), ("position", _P), ("n", _I64), ("ring", Ring),
-                ("out", _P), ("scratch", _P))
+    _fields_ = (("pool", _P), ("input", WindowInput), ("positions", _P), ("n", _I64), ("sequences", _I64),
+                ("rings", _P), ("out", _P), ("scratch", _P))

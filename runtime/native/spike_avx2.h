@@ -73,9 +73,13 @@ struct Avx2 {
         for (int i = 0; i < TILE; i += 8)
             _mm256_storeu_ps(floats + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
     }
-    static V code(V v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
+    static V code(V v, uint8_t flip) {   // int8 code + 128
+        return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(flip ^ 0x80)));
+    }
     static V low(V v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
     static V high(V v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
+    static V raised(V v) { return high(v); }    // 16 times as much would saturate maddubs
+    static V lowered(V sums) { return sums; }
 
     static void interleave(V* r) {
         const V a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpackhi_epi8(r[0], r[1]);

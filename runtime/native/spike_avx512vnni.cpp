@@ -34,9 +34,13 @@ struct Avx512 {
     static void widen(const uint16_t* halves, float* floats) {
         for (int i = 0; i < TILE; i += 16) _mm512_storeu_ps(floats + i, _mm512_cvtph_ps(Narrow::load(halves + i)));
     }
-    static V code(V v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
+    static V code(V v, uint8_t flip) {   // int8 code + 128
+        return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(flip ^ 0x80)));
+    }
     static V low(V v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
     static V high(V v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+    static V raised(V v) { return _mm512_and_si512(v, _mm512_set1_epi8(-16)); }
+    static V lowered(V sums) { return _mm512_srai_epi32(sums, 4); }
 
     static void interleave(V* r) {
         const V a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);

@@ -131,19 +131,23 @@ struct Striped {
 struct Int8Layer : Striped {
     const sbedge_w8& w;
     static constexpr int64_t group = GROUP;
-    explicit Int8Layer(const sbedge_w8& w) : Striped(w.in, w.out, w.stripe), w(w) {}
+    const uint8_t flip;     // what a stored byte is xor-ed with to be an int8 code
+    explicit Int8Layer(const sbedge_w8& w)
+        : Striped(w.in, w.out, w.stripe), w(w), flip(w.unsigned_codes ? 0x80 : 0) {}
 
-    static constexpr int64_t SCALE_BYTES = 4;
     static constexpr int64_t bytes(int64_t outputs) { return outputs; }
-    const void* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
+    // Tells `prefetch` the cache lines of the scales of input i's group, which come from a row of their own.
+    template <class Prefetch>
+    void expect_scales(int64_t i, Range outputs, Prefetch prefetch) const {
+        for (int64_t o = outputs.begin; o < outputs.end; o += 16) prefetch(w.scales + i / group * out + o);
+    }
     Rows rows(int64_t output) const {
         const auto [first, stride] = place(output);
         return {reinterpret_cast<const uint8_t*>(w.codes) + first, stride};
     }
     // One row of any count, exactly.
-    static void add_row(const uint8_t* row, int32_t count, int64_t width, int offset, int32_t* sums) {
-        const int8_t* codes = reinterpret_cast<const int8_t*>(row);
-        for (int64_t o = 0; o < width; ++o) add(sums[o], count, codes[o] + offset);
+    void add_row(const uint8_t* row, int32_t count, int64_t width, int offset, int32_t* sums) const {
+        for (int64_t o = 0; o < width; ++o) add(sums[o], count, static_cast<int8_t>(row[o] ^ flip) + offset);
     }
     bool has_residual() const { return w.residual_start; }
     // The entries of row i among these outputs.
@@ -183,9 +187,13 @@ struct Int4Layer : Striped {
     int64_t group;
     explicit Int4Layer(const sbedge_w4& w) : Striped(w.in, w.out, w.stripe), w(w), group(w.group) {}
 
-    static constexpr int64_t SCALE_BYTES = 2;
     static constexpr int64_t bytes(int64_t outputs) { return outputs / 2; }
-    const void* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
+    template <class Prefetch>
+    void expect_scales(int64_t i, Range outputs, Prefetch prefetch) const {
+        const int64_t start = i / group * out;
+        for (int64_t o = outputs.begin; o < outputs.end; o += 32) prefetch(w.scales + start + o);
+        for (int64_t o = outputs.begin; w.zeros && o < outputs.end; o += 64) prefetch(w.zeros + start + o);
+    }
     Rows rows(int64_t output) const {
         const auto [first, stride] = place(output);
         return {w.nibbles + first / 2, stride / 2};

@@ -1,4 +1,4 @@
-// The event-driven matmul on AArch64 with the dot-product extension. Its dot product is signed: codes stay as they are.
+// The event-driven matmul on AArch64 with the dot-product extension. Its dot product is signed: int8 codes stay as they are.
 #include "internal.h"
 
 #ifdef __ARM_FEATURE_DOTPROD
@@ -54,8 +54,11 @@ struct Neon {
             vst1q_f32(floats + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + i))));
     }
     static V code(V v) { return v; }
+    static V code(V v, uint8_t flip) { return veorq_s8(v, vdupq_n_s8(static_cast<int8_t>(flip))); }
     static V low(V v) { return vandq_s8(v, vdupq_n_s8(15)); }
     static V high(V v) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4)); }
+    static V raised(V v) { return high(v); }    // bytes are signed here
+    static V lowered(V sums) { return sums; }
 
     static int16x8_t pairs(V v) { return vreinterpretq_s16_s8(v); }
     static void interleave(V* r) {

@@ -110,7 +110,7 @@ bool check_w8(const char* isa, bool with_residual) {
     }
     const sbedge_w8 layer{in, out, pick<int64_t>({0, 64, 128}), codes.data(), scales.data(),
                           uniform(0, 1) ? bias.data() : nullptr, with_residual ? start.data() : nullptr, output.data(),
-                          value.data()};
+                          value.data(), uniform(0, 1)};
     return check_matmul(isa, layer, sbedge_spike_matmul_w8);
 }
 
@@ -148,6 +148,7 @@ int main() {
         good &= report(isa, "w8", [=] { return check_w8(isa, false); });
         good &= report(isa, "w8 with residual", [=] { return check_w8(isa, true); });
         good &= report(isa, "w4 group 32", [=] { return check_w4(isa, 32); });
+        good &= report(isa, "w4 group 64", [=] { return check_w4(isa, 64); });
         good &= report(isa, "w4 group 128", [=] { return check_w4(isa, 128); });
     }
     return good ? 0 : 1;
