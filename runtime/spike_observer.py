@@ -25,6 +25,7 @@ class SpikeObserver(Reference):
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, np.ndarray], see: See):
         self.config, self.weights, self.see = config, weights, see
+        self.fingerprint = None
 
     def encode(self, name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         counts, thresholds = super().encode(name, x)
