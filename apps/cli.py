@@ -26,6 +26,8 @@ COMMANDS = {
     "export": ("commands.export", "turn a checkpoint into a GGUF file or an ONNX folder"),
     "bench": ("commands.bench", "measure speed and memory of a model, or of random weights of a shape"),
     "inspect": ("commands.inspect", "show what a model file holds and how much memory it needs"),
+    "perplexity": ("commands.perplexity", "measure how well a model predicts a text, alone or beside another"),
+    "spikes": ("commands.spikes", "show how a model spikes, what that spares and what it costs"),
     "logits": ("commands.logits", "write the logits of a list of token ids to a .npy file"),
     "state": ("commands.state", "keep what a model remembers in a file, go on from it, look into it"),
     "tokenize": ("commands.tokenize", "turn text into token ids"),
@@ -66,7 +68,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog="sbedge", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run SpikingBrain language models on ordinary CPUs, with a memory that never grows.",
         epilog="sbedge COMMAND --help explains a command, with an example.\nFor a first try: sbedge demo")
-    parser.add_argument("--version", action="version", version=f"sbedge {sbedge.__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"sbedge {sbedge.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():

@@ -25,6 +25,16 @@ class Report:
     kl_max: float           # at the worst position
     top1_agreement: float   # share of positions with the same most likely token
 
+    def merged(self, other: Report) -> Report:
+        """The report on the positions of both."""
+        tokens = self.tokens + other.tokens
+
+        def mean(mine: float, theirs: float) -> float:
+            return (mine * self.tokens + theirs * other.tokens) / tokens
+
+        return Report(tokens, mean(self.kl_mean, other.kl_mean), max(self.kl_max, other.kl_max),
+                      mean(self.top1_agreement, other.top1_agreement))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -6,7 +6,7 @@ read, not to be fast. Source: SpikingBrain report sections 2 and 3.3 and BICLab'
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,7 @@ class Reference:
         self.config = config or checkpoint.config
         self.fingerprint: str | None = checkpoint.fingerprint
         names = [n for n in checkpoint.names() if not n.endswith(".scales")]
-        self.weights = {name: (weight or checkpoint.weight)(name) for name in names}
-        self.lm_head = self.weights.get("lm_head.weight", self.weights["model.embeddings.weight"])    # [V, D]
+        self.weights: Mapping[str, np.ndarray] = {name: (weight or checkpoint.weight)(name) for name in names}
 
     def new_state(self) -> State:
         return State(self.config, self.fingerprint)
@@ -54,7 +53,8 @@ class Reference:
         if logits == "none":
             return None
         rows = h if logits == "all" else h[-1:]
-        out = rms_norm(rows, self.weights["model.norm.weight"], c.norm_eps) @ self.lm_head.T
+        lm_head = self.weights["model.embeddings.weight" if c.tie_word_embeddings else "lm_head.weight"]    # [V, D]
+        out = rms_norm(rows, self.weights["model.norm.weight"], c.norm_eps) @ lm_head.T
         state.last_logits = out[-1].copy()
         return out
 
@@ -63,11 +63,15 @@ class Reference:
         """x [n, in] -> [n, out]; the input is spiked first where the model spikes."""
         c, projection = self.config, name.rsplit(".", 1)[-1]
         if c.spike_k and (projection in SPIKING_PROJECTIONS or (c.spike_down and projection == "down_proj")):
-            count, threshold = spike_encode(x, c.spike_k, c.dead_zone)
+            count, threshold = self.encode(name, x)
             x = count * threshold
         y = x @ self.weights[f"{name}.weight"].T
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else y + bias
+
+    def encode(self, name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Spike counts [n, in] and thresholds [n, 1] of the input of linear `name`."""
+        return spike_encode(x, self.config.spike_k, self.config.dead_zone)
 
     def gla_layer(self, i: int, x: np.ndarray, state: State) -> np.ndarray:
         """Gated linear attention: S_t = exp(g_t) * S_(t-1) + k_t v_t^T ; o_t = q_t S_t / sqrt(d)."""
