@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     session.sampling = sampling
     terminal = Terminal.found(not args.no_color)
     if prompt is None:
-        terminal.note("SmolLM2-135M, a small stand-in for SpikingBrain: expect fluent English and loose facts")
+        terminal.note("SmolLM2-135M, a small stand-in for SpikingBrain: fluent English, loose facts")
         start(session, model, args)
     else:
         chat = make_chat(session, args)

@@ -98,7 +98,8 @@ def parameter(name: str, text: str) -> Any:
 
 
 def stats(chat: Chat, _: str) -> str:
-    facts = [("branch", f"{chat.name} of {', '.join(chat.branches)}"), *statistics(chat.session),
+    of = f" of {', '.join(chat.branches)}" if len(chat.branches) > 1 else ""
+    facts = [("branch", chat.name + of), *statistics(chat.session),
              ("kept in", "nowhere" if chat.kept is None else shown_path(chat.kept.folder))]
     return "\n".join(f"{name:14}{text}" for name, text in facts)
 

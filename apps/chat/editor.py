@@ -80,8 +80,11 @@ class Completions(Completer):
         if space and name in ("/save", "/load"):
             yield from self._paths.get_completions(Document(argument), event)
             return
-        words = COMMANDS if not space else {"/switch": self._chat.branches, "/params": PARAMS}.get(name, ())
-        begun = name if not space else argument.rpartition(" ")[2]
+        if not space:
+            words = [f"{c.name} " if c.takes else c.name for c in COMMANDS.values()]
+        else:
+            words = list({"/switch": self._chat.branches, "/params": PARAMS}.get(name, ()))
+        begun = argument.rpartition(" ")[2] if space else name
         yield from (Completion(word, -len(begun)) for word in words if word.startswith(begun))
 
 

@@ -83,16 +83,17 @@ def take_turn(chat: Chat, terminal: Terminal, read: Read) -> bool:
         line = read()
     except (EOFError, KeyboardInterrupt):
         return False
-    try:
-        act(chat, terminal, line)
-    except Exit:
-        return False
-    except KeyboardInterrupt:
-        terminal.note("stopped")
-    except (SbedgeError, OSError) as error:
-        terminal.note(str(error))
-    finally:
-        keep(chat, terminal)
+    with quiet_keys():
+        try:
+            act(chat, terminal, line)
+        except Exit:
+            return False
+        except KeyboardInterrupt:
+            terminal.note("stopped")
+        except (SbedgeError, OSError) as error:
+            terminal.note(str(error))
+        finally:
+            keep(chat, terminal)
     return True
 
 
@@ -127,12 +128,11 @@ def answer(chat: Chat, terminal: Terminal, pieces: Iterator[Piece]) -> None:
 
 
 def show(chat: Chat, terminal: Terminal, texts: Iterator[str]) -> None:
-    with quiet_keys():
-        view = reply_view(terminal)
-        try:
-            for i, text in enumerate(texts):
-                view.write(text)
-                with suppress(StateError):      # told at the end of the turn
-                    chat.keep(sparing=i > 0)    # first of all the message; of a long reply now and then what there is
-        finally:
-            view.end()
+    view = reply_view(terminal)
+    try:
+        for i, text in enumerate(texts):
+            view.write(text)
+            with suppress(StateError):      # told at the end of the turn
+                chat.keep(sparing=i > 0)    # first of all the message; of a long reply now and then what there is
+    finally:
+        view.end()

@@ -91,7 +91,7 @@ def table_rows(block: Node, width: int) -> list[Text]:
 def code_rows(code: str, language: str, width: int) -> list[Text]:
     code = code.rstrip("\n").expandtabs(4)
     lexer = lexer_of(language)
-    text = Text(code) if lexer is None else Syntax("", lexer, theme="ansi_dark").highlight(code)
+    text = Text(code) if lexer is None else Syntax("", lexer, theme="ansi_dark", word_wrap=True).highlight(code)
     text.rstrip()
     return [Text.assemble("  ", row) for row in wrapped(text, width - 2)]
 

@@ -37,7 +37,7 @@ class Meter:
             facts.append(f"{decoded / seconds:.1f} tok/s")
         facts += [f"position {s.state.position}", f"state {megabytes(s.state.nbytes)}"]
         if timings.prefill_tokens > self._prefilled:
-            facts.append(f"read {s.prefilled} + {s.reused} reused")
+            facts.append(f"read {s.prefilled}" + (f" + {s.reused} reused" if s.reused else ""))
         if (silent := silent_rate(s, self._traffic or weight_traffic(s))) is not None:
             facts.append(f"silent {silent:.0%}")
         if self.finish == "length":
