@@ -12,8 +12,8 @@ from .spikes import Spikes
 
 Progress = Callable[[int, int, str], None]      # (bytes done, bytes in total, tensor name)
 
-QUANTS = {"gguf": ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k", "w8-spike"),
-          "onnx": ("f32", "int8", "int4")}
+QUANTS = {"gguf": ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k", "w8-spike", "w4-spike"),
+          "onnx": ("f32", "int8", "int4", "w8-spike", "w4-spike")}
 DEFAULT_QUANT = {"gguf": "q8_0", "onnx": "int8"}
 LOSSLESS_SPIKING = {"gguf": "w8-spike", "onnx": "int8"}     # a W8ASpike checkpoint's own int8 codes, all of them
 
@@ -26,7 +26,7 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
     format            "gguf" or "onnx"; None: by the suffix of `out`
     quant             one of QUANTS[format]; None: 8 bit, lossless for a W8ASpike checkpoint
     embedding_quant   the same for embeddings and lm_head; None: 8 bit, or as exact as `quant` where that is lossless
-    spikes            how activations spike, for quant "w8-spike"; None: k = 3 and no dead zone
+    spikes            how activations spike, for quants "w8-spike" and "w4-spike"; None: k = 3 and no dead zone
     force             replace an existing `out`
 
     `out` appears whole or not at all. Raises CheckpointError, TokenizerError (damaged, or not of this model)
@@ -48,10 +48,9 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
         write_gguf(checkpoint, out, quant=quant, embedding_quant=embedding_quant, spikes=spikes,
                    tokenizer_metadata=metadata, force=force, progress=progress)
     else:
-        if spikes:
-            raise ExportError("spikes can be set for GGUF exports with quant w8-spike only")
         from .onnx import write_onnx
-        write_onnx(checkpoint, out, quant=quant, embedding_quant=embedding_quant, force=force, progress=progress)
+        write_onnx(checkpoint, out, quant=quant, embedding_quant=embedding_quant, spikes=spikes, force=force,
+                   progress=progress)
 
 
 def format_of(out: Path) -> str:

@@ -1,4 +1,4 @@
-"""Which linears of an export spike, and with which int8 weights."""
+"""Which linears of an export spike, and with which weights."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -8,11 +8,13 @@ import numpy as np
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import ModelConfig
 from sbedge.errors import ExportError
+from sbedge.quant.event_layout import W4, W4_BLOCK, dequantize_w4, quantize_w4
 from sbedge.quant.int8_groups import dequantize_int8_groups, quantize_int8_groups
 
 # Of a checkpoint that was not trained to spike: every large linear. The low-rank gate stays float32, for it decides
 # how long the model remembers.
 EVENT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+W4_GROUP = 64           # inputs that share a scale and a zero point: 4.375 bits a weight, fewer than Q4_0
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ def exported_config(checkpoint: Checkpoint, quant: str, spikes: Spikes | None) -
     """The model an export holds. A W8ASpike checkpoint spikes as it was trained to (k = 3)."""
     config = checkpoint.config
     if spikes and not quant.endswith("-spike"):
-        raise ExportError(f"quant {quant} has no spikes to set; choose w8-spike")
+        raise ExportError(f"quant {quant} has no spikes to set; choose w8-spike or w4-spike")
     if not quant.endswith("-spike"):
         return config
     spikes = spikes or Spikes()
+    if checkpoint.is_w8aspike and quant != "w8-spike":
+        raise ExportError(f"{checkpoint.folder}: a W8ASpike checkpoint has 8-bit weights, which {quant} would lose; "
+                          "use w8-spike, which is exact")
     if checkpoint.is_w8aspike:
         if spikes.k != config.spike_k:
             raise ExportError(f"{checkpoint.folder}: W8ASpike was trained with spike k {config.spike_k:g}, "
@@ -45,22 +50,43 @@ def exported_config(checkpoint: Checkpoint, quant: str, spikes: Spikes | None) -
     return replace(config, spike_k=spikes.k, spike_down=True, dead_zone=spikes.dead_zone)
 
 
+def event_layout(checkpoint: Checkpoint, name: str, quant: str) -> str | None:
+    """The event layout ("w8" or "w4") in which an export in `quant` stores this tensor; None: in none.
+
+    4 bits need a multiple of 64 outputs and 64 inputs; a linear of other sizes is stored in 8.
+    """
+    if not quant.endswith("-spike") or not is_event_linear(checkpoint, name):
+        return None
+    out, inputs = checkpoint.shapes[name]
+    return "w4" if quant == "w4-spike" and out % W4_BLOCK == 0 and inputs % W4_GROUP == 0 else "w8"
+
+
 def is_event_linear(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether an event export stores this tensor as codes of a linear whose input spikes."""
+    """Whether this tensor is the weight of a linear whose input spikes."""
     if checkpoint.is_w8aspike:
         return checkpoint.is_quantized(name)
     return name.endswith(".weight") and name.split(".")[-2] in EVENT_LINEARS
 
 
-def weight_codes(checkpoint: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Integer codes [out, in] and scales [out, ceil(in/128)]: the published ones, or rounded to int8 here."""
+def weight_codes(checkpoint: Checkpoint, name: str, start: int = 0,
+                 stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Integer codes [out, in] and scales [out, ceil(in/128)] of outputs [start, stop): the published ones, or rounded
+    to int8 here."""
     if checkpoint.is_w8aspike:
-        return checkpoint.weight_codes(name)
-    return quantize_int8_groups(checkpoint.weight(name))
+        return checkpoint.weight_codes(name, start, stop)
+    return quantize_int8_groups(checkpoint.weight(name, start, stop))
 
 
-def event_weight(checkpoint: Checkpoint, name: str) -> np.ndarray:
+def weight_nibbles(checkpoint: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> W4:
+    """The weight of outputs [start, stop) rounded to 4 bits with zero points."""
+    return quantize_w4(checkpoint.weight(name, start, stop), W4_GROUP, zeros=True)
+
+
+def event_weight(checkpoint: Checkpoint, name: str, quant: str = "w8-spike") -> np.ndarray:
     """The float32 weight an event export computes with: what a Reference of that export is given."""
-    if not is_event_linear(checkpoint, name):
+    layout = event_layout(checkpoint, name, quant)
+    if layout is None:
         return checkpoint.weight(name)
+    if layout == "w4":
+        return dequantize_w4(weight_nibbles(checkpoint, name))
     return dequantize_int8_groups(*weight_codes(checkpoint, name))

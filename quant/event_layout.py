@@ -1,7 +1,8 @@
 """The event layouts: weight codes input-channel-major, so that a silent channel is a row never fetched.
 
 `w8`: int8 codes [in, out], a scale per 128 inputs and output, and a sparse residual for codes beyond int8.
-`w4`: unsigned nibbles, two to a byte, a scale and (optionally) a zero point per 32 or 128 inputs and output.
+`w4`: unsigned nibbles, two to a byte, a float16 scale and (optionally) a zero point per 32, 64 or 128 inputs and
+output.
 runtime/native/sbedge.h describes the bytes.
 """
 from __future__ import annotations
@@ -12,8 +13,25 @@ import numpy as np
 
 from .blocks import quantize_blocks
 
+STRIPE = 1024           # outputs whose rows lie together in a file: what one thread reads is then one piece of memory
+NIBBLE_STRIPE = STRIPE // 2     # the same in bytes of 4-bit rows
 W4_BLOCK = 64           # outputs whose nibbles share 32 bytes
 W4_MIDDLE = 8           # the zero point of a layout that stores none
+
+
+# --- stripes -------------------------------------------------------------------------------------
+def to_stripes(rows: np.ndarray, stripe: int = STRIPE) -> np.ndarray:
+    """[in, width] -> the same bytes, flat, as stripes of `stripe` columns: each an [in, stripe] array of its own, the
+    last one narrower, one after the other."""
+    return np.concatenate([rows[:, start:start + stripe].ravel() for start in range(0, rows.shape[1], stripe)])
+
+
+def from_stripes(flat: np.ndarray, shape: tuple[int, int], stripe: int = STRIPE) -> np.ndarray:
+    """The inverse of `to_stripes`: [in, width] = `shape`."""
+    inputs, width = shape
+    starts = range(0, width, stripe)
+    parts = np.split(flat, [start * inputs for start in starts[1:]])
+    return np.concatenate([part.reshape(inputs, -1) for part in parts], axis=1)
 
 
 # --- w8 ------------------------------------------------------------------------------------------
@@ -52,7 +70,7 @@ class W4(NamedTuple):
     """weight[o, i] = (nibble[i, o] - zero[i // group, o]) * scale[i // group, o]; zeros None: 8 everywhere."""
 
     nibbles: np.ndarray             # [in, out / 2] uint8, packed
-    scales: np.ndarray              # [in / group, out] float32
+    scales: np.ndarray              # [in / group, out] float16
     zeros: np.ndarray | None        # [in / group, out] uint8
 
 
@@ -82,7 +100,8 @@ def quantize_w4(weight: np.ndarray, group: int = 32, zeros: bool = True) -> W4:
     if zeros:
         blocks = quantize_blocks(weight, 4, group)
         codes, zero = _halves(blocks.codes), _halves(blocks.zero_points)[:, :inputs // group]
-        return W4(pack_nibbles(codes.reshape(outputs, inputs).T), _transposed(blocks.scales), _transposed(zero))
+        scales = _transposed(blocks.scales).astype(np.float16)
+        return W4(pack_nibbles(codes.reshape(outputs, inputs).T), scales, _transposed(zero))
     grouped = weight.reshape(outputs, -1, group).astype(np.float32, copy=False)
     extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(-1, keepdims=True), -1)
     scales = np.where(extreme == 0, np.float32(1), extreme / np.float32(-W4_MIDDLE))        # [out, in / group, 1]
@@ -90,7 +109,8 @@ def quantize_w4(weight: np.ndarray, group: int = 32, zeros: bool = True) -> W4:
     energy = np.einsum("ngi,ngi->ng", codes, codes)
     fitted = np.einsum("ngi,ngi->ng", grouped, codes)
     scales = np.divide(fitted, energy, out=scales[..., 0], where=energy > 0)                # least squares
-    return W4(pack_nibbles((codes + W4_MIDDLE).astype(np.uint8).reshape(outputs, inputs).T), _transposed(scales), None)
+    nibbles = (codes + W4_MIDDLE).astype(np.uint8).reshape(outputs, inputs).T
+    return W4(pack_nibbles(nibbles), _transposed(scales).astype(np.float16), None)
 
 
 def dequantize_w4(w4: W4) -> np.ndarray:
@@ -98,7 +118,7 @@ def dequantize_w4(w4: W4) -> np.ndarray:
     nibbles = unpack_nibbles(w4.nibbles).astype(np.float32)                                 # [in, out]
     group = len(nibbles) // len(w4.scales)
     zeros = np.float32(W4_MIDDLE) if w4.zeros is None else np.repeat(w4.zeros, group, axis=0).astype(np.float32)
-    return np.ascontiguousarray(((nibbles - zeros) * np.repeat(w4.scales, group, axis=0)).T)
+    return np.ascontiguousarray(((nibbles - zeros) * np.repeat(w4.scales.astype(np.float32), group, axis=0)).T)
 
 
 def _halves(packed: np.ndarray) -> np.ndarray:

@@ -33,6 +33,34 @@ class Engine(Protocol):
         """
 
 
+def forward_batch(engine: Engine, ids: Sequence[int] | np.ndarray, states: Sequence[State]) -> np.ndarray:
+    """Advance each of several states of one model by one token: ids [N] -> float32 logits [N, V].
+
+    The result is what each would give alone. An engine with a `forward_batch` of its own reads the weights once for
+    all; with any other one this takes as long as one after the other.
+    Raises InputError if counts differ or a state appears twice, and what `Engine.forward` raises; no state moves then.
+    """
+    own = getattr(engine, "forward_batch", None)
+    if own is not None:
+        return own(ids, states)
+    return forward_each(engine, checked_batch(ids, states, engine.config), states)
+
+
+def forward_each(engine: Engine, ids: np.ndarray, states: Sequence[State]) -> np.ndarray:
+    rows = [engine.forward(ids[i:i + 1], state) for i, state in enumerate(states)]
+    return np.concatenate([row for row in rows if row is not None])
+
+
+def checked_batch(ids: Sequence[int] | np.ndarray, states: Sequence[State], config: ModelConfig) -> np.ndarray:
+    """`ids` as int64 [N], one for each state; InputError if they do not match or a state appears twice."""
+    array = checked_ids(ids, config)
+    if len(array) != len(states):
+        raise InputError(f"a batch takes one token for each state, found {len(array)} tokens for {len(states)} states")
+    if len({id(state) for state in states}) != len(states):
+        raise InputError("a state appears twice in a batch; give each sequence its own (State.copy)")
+    return array
+
+
 def checked_ids(ids: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
     """`ids` as int64 [n]; InputError if empty, not whole numbers, or outside the vocabulary."""
     array = np.asarray(ids)

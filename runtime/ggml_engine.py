@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from sbedge.gguf_reader import read_gguf
 from sbedge.quant.ggml_library import load_ggml
 from sbedge.state import State, state_layout
 
-from .engine import Logits, checked_ids, default_threads
+from .engine import Logits, checked_batch, checked_ids, default_threads, forward_each
 from .ggml_graph import Graph
 from .ggml_native import NativeForward
 from .ggml_weights import GgmlWeights, aligned_empty
@@ -59,9 +59,11 @@ class GgmlEngine:
         self._weights = GgmlWeights(self._file, self.config)
         self.traffic = Traffic()
         self.threads = threads or default_threads()
+        self._pool = self._weights.native.pool_new(self.threads) if self._weights.pooled else None
         self._backend, self._threadpool = self._start_backend()
         self._prefill_memory = self.f.gallocr_new(self.f.backend_cpu_buffer_type())
         self._bound: weakref.WeakKeyDictionary[State, _Bound] = weakref.WeakKeyDictionary()
+        self._batch: tuple[list[int], Graph] | None = None
         self._lock = threading.Lock()
 
     def new_state(self) -> State:
@@ -79,7 +81,6 @@ class GgmlEngine:
                 out = self._advance(ids[start:stop], state, n_logits)
             if out is not None:
                 rows.append(out)
-        state.last_logits = rows[-1][-1].copy() if rows else None
         return np.concatenate(rows) if rows else None
 
     def _chunks(self, count: int, logits: Logits) -> list[tuple[int, int]]:
@@ -91,23 +92,75 @@ class GgmlEngine:
         if bound is None or not bound.is_current(state):
             bound = self._bound[state] = _Bound(self, state)
         graph = bound.graph(len(ids), state.position, n_logits)
-        graph.set_inputs(ids, state.position)
-        if self.f.backend_graph_compute(self._backend, graph.graph) != 0:
+        graph.set_inputs(ids, [state.position])
+        logits = None
+
+        def finish() -> None:
+            nonlocal logits
+            bound.finish(graph, state)
+            logits = graph.logits()
+            state.last_logits = None if logits is None else logits[-1].copy()
+
+        self._compute(graph, finish)
+        return logits
+
+    def _compute(self, graph: Graph, finish: Callable[[], None]) -> None:
+        """Run `graph`, then `finish`, which moves positions on: after an interrupt too, for Python notices one only
+        when the run is over and the states' arrays have moved."""
+        status = 0
+        try:
+            status = self.f.backend_graph_compute(self._backend, graph.graph)
+        finally:
+            if status == 0:
+                finish()
+        if status != 0:
             raise MemoryError("ggml could not run a forward pass")
-        bound.finish(graph, state)
         if isinstance(graph.forward, NativeForward):
             self.traffic.fetched += int(graph.forward.fetched[0])
             self.traffic.dense += graph.forward.event_bytes
             graph.forward.fetched[0] = 0
-        return graph.logits()
+
+    def forward_batch(self, ids: Sequence[int] | np.ndarray, states: Sequence[State]) -> np.ndarray:
+        """One token for each of several states, which share one pass over the weights; see `Engine.forward_batch`."""
+        ids = checked_batch(ids, states, self.config)
+        if any(state.layout != self._layout for state in states):
+            raise StateError("a state belongs to a model of other sizes")
+        if not self._weights.native or len(states) == 1:
+            return forward_each(self, ids, states)
+        with self._lock:
+            graph = self._batch_graph(states)
+            graph.set_inputs(ids, [state.position for state in states])
+            logits = np.empty((len(states), self.config.vocab_size), np.float32)
+
+            def finish() -> None:
+                logits[:] = graph.logits()
+                for state, row in zip(states, logits, strict=True):
+                    state.position += 1
+                    state.last_logits = row.copy()
+
+            self._compute(graph, finish)
+        return logits
+
+    def _batch_graph(self, states: Sequence[State]) -> Graph:
+        """The graph of the last batch if these are its states in their order, else a new one in its place."""
+        key = [state.block.ctypes.data for state in states]
+        if self._batch is None or self._batch[0] != key:
+            if self._batch:
+                self._batch[1].close()
+            graph = Graph(self.config, self._weights, [dict(state.arrays) for state in states],
+                          [state.block for state in states], len(states), self.config.sliding_window, len(states),
+                          self.threads, self._pool)
+            self._batch = key, graph
+        return self._batch[1]
 
     def _start_backend(self) -> tuple[int, int]:
         params = ctypes.create_string_buffer(PARAMS_BYTES)
-        self.f.threadpool_params_init(params, self.threads)
+        threads = 1 if self._pool else self.threads
+        self.f.threadpool_params_init(params, threads)
         backend, threadpool = self.f.backend_cpu_init(), self.f.threadpool_new(params)
         if not backend or not threadpool:
             raise EngineUnavailable("ggml could not start its CPU backend")
-        self.f.backend_cpu_set_n_threads(backend, self.threads)
+        self.f.backend_cpu_set_n_threads(backend, threads)
         self.f.backend_cpu_set_threadpool(backend, threadpool)
         return backend, threadpool
 
@@ -116,9 +169,13 @@ class GgmlEngine:
         with self._lock:
             if self._backend:
                 self._bound.clear()
+                if self._batch:
+                    self._batch[1].close()
                 self.f.gallocr_free(self._prefill_memory)
                 self.f.backend_free(self._backend)
                 self.f.threadpool_free(self._threadpool)
+                if self._pool:
+                    self._weights.native.pool_free(self._pool)
                 self._weights.close()
                 self._backend = 0
 
@@ -136,7 +193,7 @@ class _Bound:
 
     def __init__(self, engine: GgmlEngine, state: State):
         self.config, self.weights, self.shared = engine.config, engine._weights, engine._prefill_memory
-        self.threads = engine.threads
+        self.threads, self.pool = engine.threads, engine._pool
         self.address, self.position = state.block.ctypes.data, state.position
         self.memory = dict(state.arrays)
         self.blocks = [state.block]
@@ -165,7 +222,8 @@ class _Bound:
         return self.decode
 
     def _new(self, n: int, length: int, n_logits: int, allocator: int | None) -> Graph:
-        return Graph(self.config, self.weights, self.memory, self.blocks, n, length, n_logits, self.threads, allocator)
+        return Graph(self.config, self.weights, [self.memory], self.blocks, n, length, n_logits, self.threads,
+                     self.pool, allocator)
 
     def finish(self, graph: Graph, state: State) -> None:
         """After a run: the state has moved on by the graph's tokens."""

@@ -20,19 +20,20 @@ DTYPES: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "I32": np.dtype(np.i
 
 
 class Graph:
-    """A forward pass of `n` tokens with `length` ring slots in view, bound to one state's memory.
+    """A forward pass of `n` tokens with `length` ring slots in view, bound to one state's memory, or, with native
+    kernels, to that of several: n states, a token each.
 
-    `memory` names the state's arrays (without native kernels all float32), which lie within `blocks`. For n = 1
+    `memory` names each state's arrays (without native kernels all float32), which lie within `blocks`. For n = 1
     the graph serves any position below `length`, and any position at all once `length` is the whole window; with
     native kernels `length` plays no part.
     `allocator` is ggml's scratch allocator to share with graphs that are not alive at the same time.
     """
 
-    def __init__(self, config: ModelConfig, weights: GgmlWeights, memory: Mapping[str, np.ndarray],
+    def __init__(self, config: ModelConfig, weights: GgmlWeights, memory: Sequence[Mapping[str, np.ndarray]],
                  blocks: Sequence[np.ndarray], n: int, length: int, n_logits: int, threads: int,
-                 allocator: int | None = None):
+                 pool: int | None, allocator: int | None = None):
         self.config, self.n, self.length, self.n_logits = config, n, length, n_logits
-        self.blocks, self.native = tuple(blocks), weights.native
+        self.blocks, self.native, self.sequences = tuple(blocks), weights.native, len(memory)
         self.f = load_ggml().f
         nodes = NODES_PER_LAYER * (config.num_hidden_layers + 1)
         size = self.f.tensor_overhead() * nodes * 2 + self.f.graph_overhead_custom(nodes, False)
@@ -43,10 +44,10 @@ class Graph:
         common = (Ops(self.f, self.context), self.f, self.graph, config, weights.tensors, leaves)
         if self.native:
             self.forward: Forward = NativeForward(
-                *common, {}, n, length, library=self.native, events=weights.events, arrays=dict(memory),
-                position=self.inputs["position"], threads=threads)
+                *common, {}, n, length, library=self.native, events=weights.events, dense=weights.dense,
+                sequences=memory, positions=self.inputs["positions"], threads=threads, pool=pool)
         else:
-            self.forward = Forward(*common, self._state_leaves(memory), n, length)
+            self.forward = Forward(*common, self._state_leaves(memory[0]), n, length)
         self._logits = self.forward.build(n_logits)
         self._own_allocator = None if allocator else self.f.gallocr_new(self.f.backend_cpu_buffer_type())
         if not self.f.gallocr_alloc_graph(allocator or self._own_allocator, self.graph):
@@ -71,7 +72,7 @@ class Graph:
         angles: tuple[int, ...]
         if self.native:
             angles = (n, c.head_dim // 2)
-            shapes = {"position": ("I64", (1,)), "cos": ("F32", angles), "sin": ("F32", angles)}
+            shapes = {"positions": ("I64", (self.sequences,)), "cos": ("F32", angles), "sin": ("F32", angles)}
         else:
             angles = (n, 1, c.head_dim)
             shapes = {"cos": ("F32", angles), "sin": ("F32", angles), "mask": ("F32", (n, keys)),
@@ -106,14 +107,15 @@ class Graph:
         self.f.backend_tensor_alloc(buffer, tensor, array.ctypes.data)
         return tensor
 
-    def set_inputs(self, ids: np.ndarray, position: int) -> None:
-        """Token ids [n] and all that depends on their position."""
+    def set_inputs(self, ids: np.ndarray, positions: Sequence[int]) -> None:
+        """Token ids [n] and all that depends on the position of each state."""
         c, n, x, W = self.config, self.n, self.inputs, self.config.sliding_window
-        at = position + np.arange(n)
+        position = positions[0]
+        at = position + np.arange(n) if self.sequences == 1 else np.array(positions)
         x["ids"][:] = ids
         cos, sin = rope_angles(at, c.head_dim, c.rope_theta)                        # [n, d/2]
         if self.native:
-            x["position"][0], x["cos"][:], x["sin"][:] = position, cos, sin
+            x["positions"][:], x["cos"][:], x["sin"][:] = positions, cos, sin
             return
         x["cos"][:, 0] = np.concatenate([cos, cos], 1)
         x["sin"][:, 0] = np.concatenate([-sin, sin], 1)

@@ -62,11 +62,15 @@ class Forward:
             return 0
         if n_logits < self.n:
             h = op.view_2d(h, c.hidden_size, n_logits, c.hidden_size * F4, (self.n - n_logits) * c.hidden_size * F4)
-        head = self.weights["token_embd.weight" if c.tie_word_embeddings else "output.weight"]
-        logits = op.mul_mat(head, self.norm(h, "output_norm.weight"))
+        head = "token_embd" if c.tie_word_embeddings else "output"
+        logits = self.lm_head(head, self.norm(h, "output_norm.weight"), n_logits)
         self.f.set_output(logits)
         self.expand(logits)
         return logits
+
+    def lm_head(self, stem: str, x: int, n: int) -> int:
+        """Logits (V, n) of x (D, n)."""
+        return self.op.mul_mat(self.weights[stem + ".weight"], x)
 
     def expand(self, tensor: int) -> None:
         """Put `tensor` and what it needs into the graph now: nodes run in the order they are expanded."""

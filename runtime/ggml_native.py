@@ -7,6 +7,7 @@ A node is told where its inputs and outputs lie once ggml has placed them: `plac
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,11 +16,15 @@ import numpy as np
 from sbedge.gguf_format import TYPES
 from sbedge.reference import QUERY_SPIKE_K
 
+from .ggml_linears import NativeLinear
 from .ggml_model import F4, Forward
-from .native.ggml_ops import EncodeOp, GlaOp, LinearsOp, WindowOp
-from .native.library import NativeLibrary
+from .native.ggml_ops import BlockEncodeOp, EncodeOp, GlaOp, LinearsOp, WindowOp
+from .native.library import F32, INT8, NativeLibrary, Ring
 
 ALL_THREADS = -1        # ggml's GGML_N_TASKS_MAX
+
+
+BLOCK = 32              # activations that share a scale beside dense weights
 
 
 class Spikes(NamedTuple):
@@ -29,28 +34,23 @@ class Spikes(NamedTuple):
     width: int
 
 
-class EventLinear(NamedTuple):
-    """A linear in event layout: the kernel's structure, its bits, its outputs and the bytes of its weights."""
-
-    struct: ctypes.Structure
-    bits: int
-    out: int
-    nbytes: int
-
-
 @dataclass
 class NativeForward(Forward):
-    """`events`: stem -> EventLinear. `arrays`: the State's own arrays. `position`: int64 [1], read at every run."""
+    """`events`, `dense`: linears by stem. `sequences`: the arrays of each State, one, or several with a token each.
+    `positions`: int64 [sequences], read at every run.
+    `pool`: the threads that nodes run on; None: on ggml's own."""
 
     library: NativeLibrary = field(kw_only=True)
-    events: dict[str, EventLinear] = field(kw_only=True)
-    arrays: dict[str, np.ndarray] = field(kw_only=True)
-    position: np.ndarray = field(kw_only=True)
+    events: dict[str, NativeLinear] = field(kw_only=True)
+    dense: dict[str, NativeLinear] = field(kw_only=True)
+    sequences: Sequence[Mapping[str, np.ndarray]] = field(kw_only=True)
+    positions: np.ndarray = field(kw_only=True)
     threads: int = field(kw_only=True)
+    pool: int | None = field(kw_only=True)
     # Weight bytes of event layouts: read by the last run (the kernels add to it), and in the whole graph.
     fetched: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     event_bytes: int = 0
-    _ops: list[ctypes.Structure] = field(default_factory=list)
+    _ops: list[Any] = field(default_factory=list)      # structures and arrays that nodes point to
     _addresses: list[tuple[Any, str, int, int]] = field(default_factory=list)
 
     def place(self) -> None:
@@ -61,6 +61,7 @@ class NativeForward(Forward):
 
     def node(self, function: str, op: ctypes.Structure, inputs: list[int], kind: str, count: int) -> int:
         """A node that runs `sbedge_ggml_<function>` on all threads and owns `count` elements of memory."""
+        op.pool = self.pool
         self._ops.append(op)
         callback = ctypes.cast(getattr(self.library.handle, f"sbedge_ggml_{function}"), ctypes.c_void_p)
         sources = (ctypes.c_void_p * len(inputs))(*inputs)
@@ -82,45 +83,84 @@ class NativeForward(Forward):
         self.at(op, "thresholds", tensor, n * width * 4)
         return Spikes(tensor, width)
 
+    # --- linears ---------------------------------------------------------------------------------------
     def linears(self, i: int, stems: tuple[str, ...], x: Any) -> int:
-        if not isinstance(x, Spikes):
+        found = self.native_linears([f"blk.{i}.{stem}" for stem in stems], x)
+        if found is None:
             return super().linears(i, stems, x)
-        op, total = self.linears_op(i, stems, x)
-        y = self.node("linears", op, [x.tensor], "F32", total * self.n)
+        op, source = found
+        y = self.node("linears", op, [source], "F32", op.y_stride * self.n)
         self.at(op, "y", y)
-        return self.op.reshape_2d(y, total, self.n)
-
-    def linears_op(self, i: int, stems: tuple[str, ...], x: Spikes) -> tuple[LinearsOp, int]:
-        """The structure for linears side by side, all but where they write, and their outputs in total."""
-        op, total = LinearsOp(n=self.n, count=len(stems), fetched=self.fetched.ctypes.data), 0
-        for index, stem in enumerate(stems):
-            event = self.events[f"blk.{i}.{stem}"]
-            op.weights[index], op.bits[index] = ctypes.addressof(event.struct), event.bits
-            op.columns[index] = total
-            total += event.out
-            self.event_bytes += event.nbytes
-        op.y_stride = total
-        self.at(op, "counts", x.tensor)
-        self.at(op, "thresholds", x.tensor, self.n * x.width * 4)
-        return op, total
+        return self.op.reshape_2d(y, op.y_stride, self.n)
 
     def gated(self, i: int, x: int) -> int:
         spikes = self.spiked_input(x)
-        if not isinstance(spikes, Spikes):
+        found = self.native_linears([f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"], spikes)
+        if found is None:
             return super().gated(i, x)
-        op, total = self.linears_op(i, ("ffn_gate", "ffn_up"), spikes)
-        width, op.gated = total // 2, 1
-        memory = self.node("linears", op, [spikes.tensor], "F32", (width + total) * self.n)     # result, scratch
+        op, source = found
+        width, op.gated = op.y_stride // 2, 1
+        memory = self.node("linears", op, [source], "F32", (width + op.y_stride) * self.n)      # result, scratch
         self.at(op, "out", memory)
         self.at(op, "y", memory, width * self.n * F4)
         return self.op.view_2d(memory, width, self.n, width * F4, 0)
+
+    def lm_head(self, stem: str, x: int, n: int) -> int:
+        if stem not in self.dense:
+            return super().lm_head(stem, x, n)
+        op = LinearsOp(n=n, count=1)
+        source = self.blocks(op, x, n)
+        self.side_by_side(op, [self.dense[stem]])
+        y = self.node("linears", op, [source], "F32", op.y_stride * n)
+        self.at(op, "y", y)
+        return self.op.reshape_2d(y, op.y_stride, n)
+
+    def native_linears(self, stems: list[str], x: Any) -> tuple[LinearsOp, int] | None:
+        """The structure for linears side by side, all but where they write, and the tensor that their encoded input
+        lies in; None where they are not all ours."""
+        table = self.events if isinstance(x, Spikes) else self.dense
+        if not all(stem in table for stem in stems):
+            return None
+        linears = [table[stem] for stem in stems]
+        op = LinearsOp(n=self.n, count=len(linears))
+        if isinstance(x, Spikes):
+            source = x.tensor
+            self.at(op, "counts", source)
+            self.at(op, "thresholds", source, self.n * x.width * 4)
+            op.fetched = self.fetched.ctypes.data
+            self.event_bytes += sum(linear.nbytes for linear in linears)
+        else:
+            source = self.blocks(op, x, self.n)
+        self.side_by_side(op, linears)
+        return op, source
+
+    @staticmethod
+    def side_by_side(op: LinearsOp, linears: list[NativeLinear]) -> None:
+        for index, linear in enumerate(linears):
+            op.weights[index], op.kinds[index] = ctypes.addressof(linear.struct), linear.kind
+            op.columns[index] = op.y_stride
+            op.y_stride += linear.out
+
+    def blocks(self, linears: LinearsOp, x: int, n: int) -> int:
+        """Encode x (width, n) for dense weights and tell `linears` where that lies; returns the tensor."""
+        width = self.f.nbytes(x) // (F4 * n)
+        op, count = BlockEncodeOp(n=n, width=width), n * width
+        tensor = self.node("block_encode", op, [x], "F32", count // F4 + 2 * count // BLOCK)
+        self.at(op, "x", x)
+        for name, offset in (("codes", 0), ("scales", count), ("sums", count + count // BLOCK * F4)):
+            self.at(op, name, tensor, offset)
+            self.at(linears, name, tensor, offset)
+        return tensor
 
     # --- mixers ----------------------------------------------------------------------------------------
     def gla(self, i: int, projected: int, gate: int) -> int:
         c, n, d = self.config, self.n, self.config.head_dim
         H, G = c.num_attention_heads, c.num_key_value_heads
-        scratch = self.library.gla_scratch(H, G, d, n) * self.threads
-        op = GlaOp(n=n, state=self.arrays[f"{i}.recurrent_state"].ctypes.data)
+        count = len(self.sequences)
+        scratch = self.library.gla_scratch(H, G, d, n // count) * self.threads
+        states = (ctypes.c_void_p * count)(*(arrays[f"{i}.recurrent_state"].ctypes.data for arrays in self.sequences))
+        self._ops.append(states)
+        op = GlaOp(n=n // count, sequences=count, states=ctypes.addressof(states))
         op.input.heads, op.input.groups, op.input.d, op.input.eps = H, G, d, c.norm_eps
         op.input.gate_stride = self.width(gate)
         norm = self.weights[f"blk.{i}.attn_g_norm.weight"]
@@ -133,19 +173,27 @@ class NativeForward(Forward):
     def window(self, i: int, projected: int) -> int:
         c, n, d = self.config, self.n, self.config.head_dim
         H, G, W = c.num_attention_heads, c.num_key_value_heads, c.sliding_window
-        scratch = self.library.window_scratch(H, G, d, W, n) * self.threads
-        op = WindowOp(n=n, position=self.position.ctypes.data)
+        count = len(self.sequences)
+        scratch = self.library.window_scratch(H, G, d, W, n // count) * self.threads
+        rings = (Ring * count)(*(self.ring_of(i, arrays) for arrays in self.sequences))
+        self._ops.append(rings)
+        op = WindowOp(n=n // count, sequences=count, rings=ctypes.addressof(rings),
+                      positions=self.positions.ctypes.data)
         op.input.heads, op.input.query_k = H, QUERY_SPIKE_K if c.int8_window else 0
-        op.ring.window, op.ring.groups, op.ring.d = W, G, d
-        for name in ("keys", "values", "key_scales", "value_scales"):
-            array = self.arrays.get(f"{i}.{name}")
-            setattr(op.ring, name, None if array is None else array.ctypes.data)
         cos, sin = self.leaf["cos"], self.leaf["sin"]
         out = self.node("window", op, [projected, cos, sin], "F32", n * H * d + scratch)
         self._read_qkv(op.input, projected)
         self.at(op.input, "cos", cos)
         self.at(op.input, "sin", sin)
         return self._mixed(op, out, H * d)
+
+    def ring_of(self, i: int, arrays: Mapping[str, np.ndarray]) -> Ring:
+        c = self.config
+        ring = Ring(c.sliding_window, c.num_key_value_heads, c.head_dim, type=INT8 if c.int8_window else F32)
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            array = arrays.get(f"{i}.{name}")
+            setattr(ring, name, None if array is None else array.ctypes.data)
+        return ring
 
     def _read_qkv(self, given: Any, projected: int) -> None:
         """q, k and v lie side by side in the rows of `projected`."""

@@ -8,25 +8,33 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
-from sbedge.config import WEIGHT_GROUP, ModelConfig
+from sbedge.config import ModelConfig
 from sbedge.errors import ModelFileError
 from sbedge.gguf_format import TYPES, expected_gguf_tensors
 from sbedge.gguf_reader import GgufFile
-from sbedge.quant.event_layout import join_codes, residual_rows
 from sbedge.quant.ggml_library import InitParams, load_ggml
-from sbedge.quant.int8_groups import dequantize_int8_groups
 
-from .ggml_native import EventLinear
-from .native.library import W8, load_native
+from .ggml_linears import (
+    NativeLinear,
+    check_event_layout,
+    decode_event_layout,
+    event_linears,
+    native_dense,
+    native_events,
+)
+from .native.library import load_native
 
 REPACKED = "Q4_0"       # ggml's interleaved layout: 1.2 to 1.4 times faster; other types crash or gain nothing
 GROUPS = (("attn_q.weight", "attn_k.weight", "attn_v.weight"), ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
           ("ffn_gate.weight", "ffn_up.weight"))
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+EMBEDDINGS = "token_embd.weight"
+SMALL_WEIGHTS = 1 << 20     # of a matrix that a single thread of ggml's multiplies without being missed by the others
 ALIGNMENT = 64
 
 
@@ -46,7 +54,9 @@ class GgmlWeights:
     def __init__(self, file: GgufFile, config: ModelConfig):
         check_tensors(file, config)
         self.native = load_native()
-        self.events: dict[str, EventLinear] = {}
+        self.events: dict[str, NativeLinear] = {}
+        self.dense: dict[str, NativeLinear] = {}
+        self.pooled = False     # whether our kernels do all large products, on threads of our own
         self.f, self._file = load_ggml().f, file
         self.tensors: dict[str, int] = {}
         self._memory: list[np.ndarray] = []     # what the tensors point into
@@ -55,7 +65,15 @@ class GgmlWeights:
         self.context = self.f.init(InitParams(self.f.tensor_overhead() * (len(file.tensors) + 8), None, True))
         sources = self._mapped(file)
         if self.native:
-            self._make_events(file)
+            self.events, held = native_events(file)
+            self._memory += held
+            self.dense = native_dense(file)
+            self.pooled = not _needs_ggml(sources, self.dense)
+            if self.pooled:     # embeddings are looked up by ggml
+                sources = {name: source for name, source in sources.items()
+                           if name == EMBEDDINGS or name.removesuffix(".weight") not in self.dense}
+            else:
+                self.dense = {}
         else:
             sources |= self._decoded(file)
         for unit in _units(config, sources):
@@ -74,26 +92,9 @@ class GgmlWeights:
         return {name: _Source(t.type, t.shape, base + t.offset, t.nbytes, buffer)
                 for name, t in file.tensors.items() if t.type in MATRIX_TYPES}
 
-    def _make_events(self, file: GgufFile) -> None:
-        """The kernels' view of event layouts: the file's own memory, and where each channel's residual begins."""
-        for part, info in file.tensors.items():
-            if not part.endswith(".codes"):
-                continue
-            stem, (width, out) = part.removesuffix(".codes"), info.shape
-            address = {name: file.data.ctypes.data + file.tensors[f"{stem}.{name}"].offset
-                       for name in ("codes", "scales", "bias") if f"{stem}.{name}" in file.tensors}
-            linear = W8(width, out, address["codes"], address["scales"], address.get("bias"))
-            if f"{stem}.residual_index" in file.tensors:
-                start, output = residual_rows(file.array(f"{stem}.residual_index"), (width, out))
-                self._memory += [start, output]
-                linear.residual_start, linear.residual_output = start.ctypes.data, output.ctypes.data
-                linear.residual_value = file.array(f"{stem}.residual_value").ctypes.data
-            self.events[stem] = EventLinear(linear, 8, out, info.nbytes)
-
     def _decoded(self, file: GgufFile) -> dict[str, _Source]:
         """Event layouts as float32 [out, in] in one block: exact, at four times the memory."""
-        shapes = {part.removesuffix("codes") + "weight": info.shape[::-1]
-                  for part, info in file.tensors.items() if part.endswith(".codes")}
+        shapes = {f"{event.stem}.weight": (event.out, event.width) for event in event_linears(file)}
         if not shapes:
             return {}
         sizes = {name: -(-4 * out * width // ALIGNMENT) * ALIGNMENT for name, (out, width) in shapes.items()}
@@ -115,7 +116,7 @@ class GgmlWeights:
         sizes = (ctypes.c_int64 * len(source.shape))(*reversed(source.shape))
         tensor = self.f.new_tensor(self.context, TYPES[source.type].number, len(source.shape), sizes)
         # Row look-ups need the plain layout.
-        if source.type == REPACKED and self._repack and name != "token_embd.weight":
+        if source.type == REPACKED and self._repack and name != EMBEDDINGS:
             buffer = self.f.backend_buft_alloc_buffer(self._repack, source.nbytes + ALIGNMENT)
             self._buffers.append(buffer)
             self.f.backend_tensor_alloc(buffer, tensor, self.f.backend_buffer_get_base(buffer))
@@ -124,6 +125,16 @@ class GgmlWeights:
         else:
             self.f.backend_tensor_alloc(source.buffer, tensor, source.address)
         self.tensors[name] = tensor
+
+
+def _needs_ggml(sources: dict[str, _Source], dense: dict[str, NativeLinear]) -> bool:
+    """Whether a matrix large enough to need all threads is in a format that only ggml multiplies."""
+    return any(prod(source.shape) > SMALL_WEIGHTS and name.removesuffix(".weight") not in dense
+               for name, source in sources.items() if len(source.shape) == 2 and not _only_looked_up(name, sources))
+
+
+def _only_looked_up(name: str, sources: dict[str, _Source]) -> bool:
+    return name == EMBEDDINGS and "output.weight" in sources
 
 
 def _units(config: ModelConfig, names: dict[str, _Source]) -> Iterator[list[str]]:
@@ -156,8 +167,8 @@ def check_tensors(file: GgufFile, config: ModelConfig) -> None:
     """ModelFileError unless the file holds exactly the tensors of `config`, in shapes and types we run."""
     known: set[str] = set()
     for name, shape in expected_gguf_tensors(config).items():
-        if name.removesuffix("weight") + "codes" in file.tensors:
-            known |= _check_event_layout(file, name, shape)
+        if parts := check_event_layout(file, name, shape):
+            known |= parts
             continue
         known.add(name)
         found = file.tensors.get(name)
@@ -168,35 +179,6 @@ def check_tensors(file: GgufFile, config: ModelConfig) -> None:
                                  f"expected shape {list(shape)}")
     if extra := file.tensors.keys() - known:
         raise ModelFileError(f"{file.path}: tensor {min(extra)} is not part of this architecture")
-
-
-def _check_event_layout(file: GgufFile, name: str, shape: tuple[int, ...]) -> set[str]:
-    stem, (out, width) = name.removesuffix("weight"), shape
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-        stem + "codes": ("I8", (width, out)), stem + "scales": ("F32", (-(-width // WEIGHT_GROUP), out))}
-    if stem + "residual_index" in file.tensors:
-        count = file.tensors[stem + "residual_index"].shape
-        wanted |= {stem + "residual_index": ("I32", count), stem + "residual_value": ("I32", count)}
-    for part, (kind, expected) in wanted.items():
-        found = file.tensors.get(part)
-        if found is None or (found.type, found.shape) != (kind, expected):
-            have = "missing" if found is None else f"{found.type} {list(found.shape)}"
-            raise ModelFileError(f"{file.path}: tensor {part} is {have}, expected {kind} {list(expected)}")
-    if stem + "residual_index" in wanted:
-        index = file.array(stem + "residual_index")
-        if index.min() < 0 or index.max() >= width * out or (np.diff(index) <= 0).any():
-            raise ModelFileError(f"{file.path}: tensor {stem}residual_index is not ascending within its weight")
-    return set(wanted)
-
-
-def decode_event_layout(file: GgufFile, name: str) -> np.ndarray:
-    """The float32 [out, in] weight that codes, scales and residual stand for, exactly."""
-    stem = name.removesuffix("weight")
-    nothing = np.zeros(0, np.int32)
-    residual = [file.array(stem + part) if stem + part in file.tensors else nothing
-                for part in ("residual_index", "residual_value")]
-    codes = join_codes(file.array(stem + "codes"), residual[0], residual[1])
-    return dequantize_int8_groups(codes, file.array(stem + "scales").T)
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:

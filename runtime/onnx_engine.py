@@ -1,7 +1,7 @@
 """OnnxEngine: an exported ONNX folder on onnxruntime's CPU provider.
 
-The session updates the arrays of a State where they lie: past and present are bound to the same memory, which
-the bodies of our ops allow (see export/onnx/ops.py). Nothing is copied and nothing grows.
+The session updates the arrays of a State where they lie: past and present are bound to the same memory, which our
+kernels and the bodies of our ops allow (see export/onnx/ops.py). Nothing is copied and nothing grows.
 """
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from sbedge.errors import EngineUnavailable, ModelFileError, StateError
 from sbedge.state import State, state_layout
 
 from .engine import Logits, checked_ids
+from .native.library import load_native
 from .onnx_folder import io_names, open_folder, read_fingerprint
+from .onnx_native import register_kernels
 
 MAX_CHUNK, MIN_CHUNK = 256, 16      # tokens per run of the session
-CHUNK_BYTES = 1 << 26               # what the largest temporary of a run may take
+CHUNK_BYTES = 1 << 26               # what the largest temporary of a run may take, on composed operations
+NATIVE_CHUNK = 512                  # tokens per run on our kernels, which have no large temporaries
 MAX_BINDINGS = 16
 LINEAR_ATTENTION = 1, 29            # the first onnxruntime whose LinearAttention shares states between query heads
 
@@ -30,18 +33,26 @@ LINEAR_ATTENTION = 1, 29            # the first onnxruntime whose LinearAttentio
 class OnnxEngine:
     """Engine over an ONNX folder. `threads` defaults to the CPUs this process may use; waiting threads sleep.
 
+    traffic  counts the weight bytes that silent channels saved; None without our kernels (see onnx_native)
+
     Raises ModelFileError, one line, when the folder is missing, damaged or not ours, EngineUnavailable when
     onnxruntime is too old for it. May be used from several threads at once, each with its own state.
     """
 
     def __init__(self, folder: str | Path, *, threads: int | None = None):
         folder = Path(folder)
-        self.config: ModelConfig = open_folder(folder)
+        config, ops = open_folder(folder)
+        self.config: ModelConfig = config
         self.fingerprint = read_fingerprint(folder / "config.json")
-        check_version(self.config, folder)
         self.layout = state_layout(self.config)
-        self.chunk = chunk_tokens(self.config)
-        self._session = open_session(folder, threads or available_cpus())
+        threads = threads or available_cpus()
+        options = session_options(threads, ops)
+        library = load_native()
+        self.traffic = register_kernels(options, library, threads) if library else None
+        if not self.traffic:
+            check_version(self.config, folder)
+        self.chunk = NATIVE_CHUNK if self.traffic else chunk_tokens(self.config)
+        self._session = open_session(folder, options)
         self._run_options = ort.RunOptions()
         self._bindings: OrderedDict[int, ort.IOBinding] = OrderedDict()
         self._lock = Lock()
@@ -100,18 +111,27 @@ class OnnxEngine:
 
 
 def check_version(config: ModelConfig, folder: Path) -> None:
-    """Before 1.29 LinearAttention was missing, or wrong for query heads that share a state."""
+    """Of the onnxruntime that runs the bodies of our ops: before 1.29 LinearAttention was missing, or wrong for query
+    heads that share a state."""
     found = tuple(int(part) for part in ort.__version__.split(".")[:2])
     if found < LINEAR_ATTENTION and len(config.attn_layers) < config.num_hidden_layers:
         raise EngineUnavailable(f"{folder}: its GLA layers need onnxruntime 1.29 or newer, found {ort.__version__}; "
-                                "run: pip install --upgrade onnxruntime (needs Python 3.11 or newer)")
+                                "run: pip install --upgrade onnxruntime (needs Python 3.11 or newer), or install "
+                                "sbedge where there is a C++ compiler: its own kernels need no newer one")
 
 
-def open_session(folder: Path, threads: int) -> ort.InferenceSession:
+def session_options(threads: int, ops: set[str]) -> ort.SessionOptions:
+    """For a graph made of these op types."""
     options = ort.SessionOptions()
+    if "MatMulNBits" not in ops:    # which is slow on weights as stored; all else only gains a second copy of them
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # leave the CPU to others
     options.log_severity_level = 4
+    return options
+
+
+def open_session(folder: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     except Exception as error:      # onnxruntime raises many kinds, with no common base

@@ -22,8 +22,9 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_STATE_BYTES = 1 << 40
 
 
-def open_folder(folder: Path) -> ModelConfig:
-    """The model's config, once the folder is known to be whole; ModelFileError in one line if it is not."""
+def open_folder(folder: Path) -> tuple[ModelConfig, set[str]]:
+    """The model's config and the op types of its graph, once the folder is known to be whole; ModelFileError in one
+    line if it is not."""
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: no such folder; expected an ONNX folder made by `sbedge export`")
     config = read_config(folder / "config.json")
@@ -31,7 +32,7 @@ def open_folder(folder: Path) -> ModelConfig:
     check_interface(model, config, folder / "model.onnx")
     for tensor in tensors(model):
         check_data(tensor, folder)
-    return config
+    return config, {node.op_type for node in model.graph.node}
 
 
 def read_config(path: Path) -> ModelConfig:

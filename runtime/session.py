@@ -74,6 +74,7 @@ class Session:
         self._replying = False              # the conversation's last turn awaits its reply: all tokens since its start
         self._cut: str | None = None        # that reply, where a stop string cut it short of what was drawn
         self._snapshot: Snapshot | None = None      # the last one on the way to `state`
+        self._torn = False                  # an interrupt may have left the state further than its position says
         self._running: Any = None           # the iterator of the reply under way
 
     @property
@@ -176,7 +177,7 @@ class Session:
         """An independent session with the same past and, until its sampling is changed, the same future."""
         twin = Session(self.engine, self.tokenizer, sampling=self.sampling, state=self.state.copy(), cache=self.cache)
         twin._take(self._record())
-        twin._snapshot = self._snapshot
+        twin._snapshot, twin._torn = self._snapshot, self._torn
         return twin
 
     def save(self, path: str | Path) -> None:
@@ -250,6 +251,9 @@ class Session:
             before = self.state.position
             try:
                 self.engine.forward(chunk, self.state)
+            except BaseException:
+                self._torn |= self.state.position == before
+                raise
             finally:
                 taken = chunk[: self.state.position - before]
                 self.tokens.extend(taken)
@@ -324,11 +328,12 @@ class Session:
     def _reach(self, ids: array) -> bool:
         """Bring the state to the longest beginning of `ids` that it or the cache has read; whether it was at one."""
         read = len(self.tokens)
-        there = self.state.position == read and ids[:read] == self.tokens and (
+        there = self.state.position == read and ids[:read] == self.tokens and not self._torn and (
             read < len(ids) or self.state.last_logits is not None or not read)
         snapshot = self.cache.longest(ids, above=read if there else 0)
         if snapshot is not None:
             self.state, self.tokens, self._snapshot = self.cache.state(snapshot), ids[: snapshot.position], snapshot
+            self._torn = False
         elif not there:
             self._forget()
         elif self._snapshot is None and read:
@@ -338,8 +343,8 @@ class Session:
 
     def _keep(self) -> None:
         """Put the state into the cache."""
-        if self.state.position == len(self.tokens) and self.state.last_logits is not None and (
-                self._snapshot is None or self._snapshot.position != self.state.position):
+        sound = self.state.position == len(self.tokens) and self.state.last_logits is not None and not self._torn
+        if sound and (self._snapshot is None or self._snapshot.position != self.state.position):
             self._snapshot = self.cache.put(self.tokens, self.state, self._snapshot)
 
     def _why(self, prompt: Prompt, continued: bool) -> str:
@@ -379,7 +384,7 @@ class Session:
 
     def _forget(self) -> None:
         """Back to before the first token."""
-        self.state, self._snapshot = self.engine.new_state(), None
+        self.state, self._snapshot, self._torn = self.engine.new_state(), None, False
         self.tokens, self.pending = array("i"), []
 
 

@@ -68,7 +68,7 @@ class Snapshot:
 
 
 class StateCache:
-    """Snapshots of the states of one engine, the least recently used dropped first. May be shared by threads.
+    """Snapshots of the states of one engine, the least recently used dropped first. Sessions and threads may share one.
 
     budget          bytes of memory; None: an eighth of the machine's, and at least two states
     folder          where the snapshots are also written, so that another process finds them; one for each model file

@@ -1,10 +1,16 @@
 """What our GGUF files hold: metadata keys and tensor names, after llama.cpp's where it has one.
 
-Linears are stored [out, in] in ggml's types. An event layout (quant `w8-spike`) replaces NAME.weight by
-    NAME.codes           [in, out]      I8    input-channel-major, so that a silent channel is a row never fetched
+Linears are stored [out, in] in ggml's types. An event layout replaces NAME.weight, input-channel-major so that a
+silent channel is a row never fetched. Its rows are cut into stripes of 1024 outputs, each an [in, 1024] array of its
+own, the last one narrower, so that what a thread reads is one piece of memory. With quant `w8-spike`
+    NAME.codes           [in * out]     I8    (in earlier files [in, out], in one stripe)
     NAME.scales          [in/128, out]  F32   weight = code * scale of its group of 128 inputs (the last may be shorter)
     NAME.residual_index  [m] I32, NAME.residual_value [m] I32   (absent if m = 0)
-                         what codes beyond int8 lack: codes.flat[index] + value is the exact code
+                         what codes beyond int8 lack: at index = input * out + output, code + value is the exact code
+and with `w4-spike`
+    NAME.nibbles         [in * out/2]   I8    of each 64 outputs b in the low and b + 32 in the high half of byte b
+    NAME.scales          [in/64, out]   F16   weight = (nibble - zero) * scale of its group of 64 inputs (or 32, or 128)
+    NAME.zeros           [in/64, out]   I8
 """
 from __future__ import annotations
 

@@ -36,7 +36,9 @@ class FakeEngine:
         self.tokenizer, self.script, self.cue = tokenizer, list(script), cue
         self.usable = plain_ids(tokenizer.vocabulary)
         self.calls: list[list[int]] = []
-        self.interrupt_after: int | None = None
+        self.interrupt_after: int | None = None     # calls; the next one is interrupted ...
+        self.interrupted = "before"                 # ... "before" it does anything, "after" it, or, its position not
+                                                    # moved on yet, "between"
 
     def new_state(self):
         state = State(self.config)
@@ -45,7 +47,8 @@ class FakeEngine:
 
     def forward(self, ids, state, *, logits="last"):
         ids = checked_ids(ids, self.config).tolist()
-        if self.interrupt_after is not None and len(self.calls) >= self.interrupt_after:
+        interrupt = self.interrupt_after is not None and len(self.calls) >= self.interrupt_after
+        if interrupt and self.interrupted == "before":
             raise KeyboardInterrupt
         self.calls.append(ids)
         memory = next(iter(state.arrays.values())).flat
@@ -61,7 +64,12 @@ class FakeEngine:
             begins = len(ids) > 1 or state.position == 1    # after a prompt the script is said from its start
             memory[1] = at = 0 if begins else int(memory[1]) + 1
             row[self.script[min(at, len(self.script) - 1)]] = 50
+        if interrupt and self.interrupted == "between":
+            state.position -= len(ids)
+            raise KeyboardInterrupt
         state.last_logits = row
+        if interrupt:
+            raise KeyboardInterrupt
         return row[None]
 
 

@@ -186,7 +186,7 @@ def test_a_line_that_is_no_json_string_is_numbered(checkpoint: Path, tmp_path: P
     (["-o", "x.gguf", "--quant", "q8_0", "--spike-k", "3"], "quant q8_0 has no spikes to set; choose w8-spike"),
     (["-o", "x.gguf", "--quant", "w8-spike", "--spike-k", "0"], "spike k is 0, expected 0.1 to 1000"),
     (["-o", "x.gguf", "--quant", "w8-spike", "--dead-zone", "-1"], "dead zone is -1, expected 0 to 100"),
-    (["-o", "x", "--dead-zone", "1"], "spikes can be set for GGUF exports"),
+    (["-o", "x", "--dead-zone", "1"], "int8 has no spikes to set; choose w8-spike"),
     (["-o", "x.gguf", "--embedding-quant", "nope"], "'nope'"),
     (["-o", "x", "--embedding-quant", "nope"], "'nope'"),
     (["-o", "x.bin"], "which format is this"),

@@ -265,15 +265,31 @@ def test_generate_after_a_reply_continues_that_reply() -> None:
 def test_an_interrupted_prompt_is_not_read_again() -> None:
     session = new()
     long = "Once upon a time there was " * 300
-    session.engine.interrupt_after = 2
+    session.engine.interrupt_after, session.engine.interrupted = 2, "after"
     with pytest.raises(KeyboardInterrupt):
         say(session, long)
     read = len(session.tokens)
-    assert read > 500 and session.messages == []
+    assert read > 1000 and session.messages == []
     session.engine.interrupt_after = None
     say(session, long)
     assert session.reused == read and fed(session) == len(session.tokens)
     check_state(session)
+
+
+@pytest.mark.parametrize("interrupted", ["before", "between", "after"])
+@pytest.mark.parametrize("calls", range(1, 16))
+def test_a_chat_interrupted_anywhere_goes_on_from_a_sound_state(interrupted: str, calls: int) -> None:
+    """Even where the engine cannot say how far it came: then the last snapshot is the beginning."""
+    session = new()
+    say(session, "Hello", system="Be brief.")
+    session.engine.interrupt_after, session.engine.interrupted = len(session.engine.calls) + calls, interrupted
+    with pytest.raises(KeyboardInterrupt):
+        say(session, "Once upon a time there was " * 150, max_tokens=None)
+    session.engine.interrupt_after = None
+    say(session, "and then?")
+    check_state(session)
+    assert session.messages[-2]["content"] == "and then?"
+    check_prompt(session)
 
 
 # --- what cannot be reused -------------------------------------------------------------------------

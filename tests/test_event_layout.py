@@ -9,11 +9,13 @@ from hypothesis.extra.numpy import arrays
 
 from sbedge.quant.event_layout import (
     dequantize_w4,
+    from_stripes,
     join_codes,
     pack_nibbles,
     quantize_w4,
     residual_rows,
     split_codes,
+    to_stripes,
     unpack_nibbles,
 )
 
@@ -48,6 +50,13 @@ def test_residual_rows_name_the_same_entries(codes):
     np.testing.assert_array_equal(joined.T, codes)
 
 
+@given(CODES, st.integers(1, 50))
+def test_stripes_come_back_and_each_is_one_piece(codes, stripe):
+    flat = to_stripes(codes, stripe)
+    np.testing.assert_array_equal(from_stripes(flat, codes.shape, stripe), codes)
+    np.testing.assert_array_equal(flat[:codes[:, :stripe].size], codes[:, :stripe].ravel())
+
+
 def test_nibbles_come_back_and_lie_where_the_kernels_look():
     nibbles = np.random.default_rng(0).integers(0, 16, (3, 192), dtype=np.uint8)
     packed = pack_nibbles(nibbles)
@@ -56,7 +65,7 @@ def test_nibbles_come_back_and_lie_where_the_kernels_look():
         assert packed[2, block * 32 + b] == nibbles[2, block * 64 + b] | nibbles[2, block * 64 + b + 32] << 4
 
 
-@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize(("zeros", "step"), [(True, 15), (False, 8)])
 def test_four_bits_move_no_weight_by_more_than_a_step(group, zeros, step):
     weight = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)

@@ -1,6 +1,8 @@
 """pytest tests/test_ggml_engine.py: a GGUF export computes what the reference computes, however it is streamed."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from compare import assert_close, assert_same_model, assert_same_spiking, kl_divergence, run
@@ -124,7 +126,7 @@ def test_w8aspike_follows_the_reference_with_codes_beyond_int8(quant, tmp_path):
 def test_w8_spike_holds_the_published_weights_bit_for_bit(tmp_path):
     from sbedge.gguf_format import gguf_name
     from sbedge.gguf_reader import read_gguf
-    from sbedge.runtime.ggml_weights import decode_event_layout
+    from sbedge.runtime.ggml_linears import decode_event_layout
     checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path / "c", w8aspike=True))
     write_gguf(checkpoint, tmp_path / "m.gguf", quant="w8-spike")
     file = read_gguf(tmp_path / "m.gguf")
@@ -134,16 +136,19 @@ def test_w8_spike_holds_the_published_weights_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(decode_event_layout(file, gguf_name(name)), checkpoint.weight(name))
 
 
+@pytest.mark.parametrize("quant", ["w8-spike", "w4-spike"])
 @pytest.mark.parametrize(("overrides", "spikes"), [
     ({}, Spikes()), ({}, Spikes(k=4, dead_zone=0.3)),
-    ({"hidden_size": 6 * 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 300}, Spikes())])
-def test_a_base_checkpoint_exported_with_spikes_follows_the_reference(overrides, spikes, tmp_path):
-    """Widths that are no multiple of 128 included: the last group of a weight is shorter then."""
+    ({"hidden_size": 6 * 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 300}, Spikes()),
+    ({"num_hidden_layers": 2, "intermediate_size": 2112}, Spikes())])
+def test_a_base_checkpoint_exported_with_spikes_follows_the_reference(overrides, spikes, quant, tmp_path):
+    """Widths that are no multiple of 128 or 64 included: groups are shorter then, and 4 bits give way to 8. Those of
+    several stripes, the last one narrower, too."""
     folder = write_tiny_checkpoint(tmp_path / "c", **overrides)
     checkpoint = Checkpoint(folder)
-    engine = export(folder, tmp_path / "m.gguf", "w8-spike", spikes=spikes, embedding_quant="f32")
-    assert engine.config == exported_config(checkpoint, "w8-spike", spikes)
-    reference = Reference(checkpoint, config=engine.config, weight=lambda name: event_weight(checkpoint, name))
+    engine = export(folder, tmp_path / "m.gguf", quant, spikes=spikes, embedding_quant="f32")
+    assert engine.config == exported_config(checkpoint, quant, spikes)
+    reference = Reference(checkpoint, config=engine.config, weight=lambda name: event_weight(checkpoint, name, quant))
     assert_same_spiking(reference, engine)
     assert_same_spiking(reference, engine, [1] * 16)
 
@@ -243,3 +248,50 @@ def test_a_file_with_a_missing_or_wrong_tensor_is_refused_by_name(tmp_path):
     for what, change in wrong.items():
         with pytest.raises(ModelFileError, match=r"blk\.1\.attn_k\.weight.*" + what):
             GgmlEngine(rewrite(tmp_path / "bad.gguf", change))
+
+
+def test_event_layouts_of_earlier_files_in_one_stripe_still_run(tmp_path, monkeypatch):
+    from sbedge.export.gguf import tensors
+    folder = write_tiny_checkpoint(tmp_path / "c", num_hidden_layers=2, intermediate_size=1100)
+    now = export(folder, tmp_path / "now.gguf", "w8-spike")
+
+    def plain(checkpoint, name):
+        codes, *others = made(checkpoint, name)
+        out, width = checkpoint.shapes[name]
+        return [replace(codes, shape=(width, out)), *others]
+
+    made = tensors.w8_tensors
+    monkeypatch.setattr(tensors, "w8_tensors", plain)
+    monkeypatch.setattr(tensors, "to_stripes", lambda rows: rows)
+    before = export(folder, tmp_path / "before.gguf", "w8-spike")
+    ids = ids_of(now.config, 20)
+    np.testing.assert_array_equal(run(now, ids)[0], run(before, ids)[0])
+    np.testing.assert_array_equal(run(now, ids, [1] * 20)[0], run(before, ids, [1] * 20)[0])
+
+
+def test_an_interrupt_during_a_run_leaves_the_state_as_after_it(tmp_path):
+    """Python notices an interrupt when ggml has returned: the arrays have moved on, so must the position and logits."""
+    engine = export(TINY, tmp_path / "m.gguf")
+    ids = ids_of(engine.config, 12)
+    whole, interrupted = engine.new_state(), engine.new_state()
+    run_graph = engine.f.backend_graph_compute
+
+    def then_interrupt(*arguments):
+        run_graph(*arguments)
+        raise KeyboardInterrupt
+
+    class Interrupting:
+        backend_graph_compute = staticmethod(then_interrupt)
+
+        def __getattr__(self, name):
+            return getattr(functions, name)
+
+    functions = engine.f
+    for piece in (ids[:7], ids[7:8]):
+        engine.forward(piece, whole)
+        engine.f = Interrupting()
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward(piece, interrupted)
+        engine.f = functions
+    assert interrupted == whole
+    np.testing.assert_array_equal(engine.forward(ids[8:], interrupted), engine.forward(ids[8:], whole))

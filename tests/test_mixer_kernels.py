@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sbedge.config import GATE_DIVISOR
 from sbedge.reference import int8_encode, log_sigmoid, relu, rms_norm, rope_angles, rotate, softmax, spike_encode
-from sbedge.runtime.native.library import GlaInput, NativeLibrary, Ring, WindowInput, load_native
+from sbedge.runtime.native.library import F32, INT8, GlaInput, NativeLibrary, Ring, WindowInput, load_native
 
 EPS = 1e-6
 Array = np.ndarray
@@ -131,7 +131,7 @@ def native_window(native, twin, q, k, v, cos, sin, position, query_k=0.0, nth=1,
     (n, H, d), G, W = q.shape, k.shape[1], twin.codes.shape[1]
     rows = [padded(x, extra) for x in (q, k, v)]
     scales = [s.ctypes.data if twin.int8 else None for s in twin.scales]
-    ring = Ring(W, G, d, twin.codes[0].ctypes.data, twin.codes[1].ctypes.data, *scales)
+    ring = Ring(W, G, d, twin.codes[0].ctypes.data, twin.codes[1].ctypes.data, *scales, INT8 if twin.int8 else F32)
     given = WindowInput(H, *(room.ctypes.data for room, _ in rows), cos.ctypes.data, sin.ctypes.data,
                         *(stride for _, stride in rows), query_k)
     out, scratch = guarded(n * H * d), guarded(nth * native.window_scratch(H, G, d, W, n))

@@ -92,7 +92,7 @@ def test_inputs_longer_than_a_run_of_the_session_are_split(pair, monkeypatch):
     same(expected, found, F32)
     last = engine.forward(ids, engine.new_state())
     assert last.shape == (1, engine.config.vocab_size)
-    assert np.array_equal(last[0], found[-1])
+    assert_close(found[-1], last[0], 1e-5)      # one row of logits is summed in another order than many
     assert state.last_logits is not None and np.array_equal(state.last_logits, found[-1])
 
 
@@ -268,6 +268,7 @@ def test_bindings_do_not_pile_up(pair):
 
 def test_an_onnxruntime_too_old_for_gla_layers_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ort, "__version__", "1.23.2")
+    monkeypatch.setattr(onnx_engine, "load_native", lambda: None)       # our kernels need no LinearAttention
     export(write_tiny_checkpoint(tmp_path / "w", attn_layers=[0, 1, 2, 3]), tmp_path / "window")     # needs none
     with pytest.raises(EngineUnavailable, match=r"1\.29 or newer, found 1\.23\.2; run: pip install"):
         export(TINY, tmp_path / "m")

@@ -61,7 +61,8 @@ def test_exported_graphs_pass_the_full_checker(quant, w8aspike, tmp_path):
 
 def test_every_op_of_ours_has_a_body_of_standard_and_com_microsoft_ops():
     bodies = {function.name: function for function in ops.functions()}
-    assert set(bodies) == {"SpikeEncode", "SpikeLinear", "GatedLinearAttention", "RotaryAngles",
+    assert set(bodies) == {"SpikeEncode", "SpikeLinear", "SpikeLinearPair", "SpikeLinearTriple", "SpikeLinear4",
+                           "SpikeLinear4Pair", "SpikeLinear4Triple", "GatedLinearAttention", "RotaryAngles",
                            "SlidingWindowAttention", "SpikingWindowAttention"}
     for body in bodies.values():
         for node in body.node:

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import ExportError
-from sbedge.export.onnx import layers, ops, write_onnx
+from sbedge.export.onnx import events, ops, write_onnx
 from sbedge.reference import rms_norm, rope_angles, spike_encode
 
 
@@ -58,7 +58,7 @@ def test_spiking_linears_sum_whole_numbers_exactly(largest, beyond):
         codes[rng.random((N, K)) < 0.01] *= 9
     scales = 2.0 ** rng.integers(-3, 3, (N, K // 128)).astype(np.float32)      # powers of two keep the sums exact
     names = ("codes", "scales", "residual_inputs", "residual_outputs", "residual_values")
-    weights = dict(zip(names, map(np.ascontiguousarray, layers.spike_weights(codes, scales)), strict=True))
+    weights = dict(zip(names, map(np.ascontiguousarray, events.spike_weights(codes, scales)), strict=True))
     assert beyond or not weights["residual_values"].size
     y, = run("SpikeLinear", {"count": count, "threshold": np.full((1, n, 1), 0.5, np.float32), **weights}, ["y"])
     exact = count[0].astype(np.float64) @ (codes * np.repeat(scales, 128, axis=1)).astype(np.float64).T * 0.5

@@ -4,13 +4,15 @@ The engine is a stand-in (fake_engine.py) whose logits depend on every id seen s
 """
 from __future__ import annotations
 
+import json
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_engine import FakeEngine, ids_of, scripted, text_of
+from safetensors.numpy import save_file
 
 from sbedge.errors import InputError, StateError, TokenizerError
 from sbedge.runtime.load import ids_only
@@ -288,6 +290,25 @@ def test_a_damaged_session_file_is_refused(tokenizer, tmp_path, extra):
     FakeEngine(tokenizer).new_state().save(tmp_path / "s", extra)
     with pytest.raises(StateError, match="session"):
         Session.load(tmp_path / "s", FakeEngine(tokenizer), tokenizer)
+
+
+def test_a_session_saved_by_version_1_goes_on(tokenizer, tmp_path):
+    session = Session(FakeEngine(tokenizer), tokenizer, sampling=Sampling(temperature=1, seed=9))
+    list(session.chat("Hello", max_tokens=5))
+    turn = session._conversation.turns[-1]
+    record = {"tokens": session.tokens.tolist(), "pending": session.pending, "messages": session.messages[:-1],
+              "turn": {"prompt": turn.prompt, "start": turn.start, "content": None},
+              "sampling": asdict(session.sampling) | {"logit_bias": []}, "random": session.sampler.get_state()}
+    save_file({**session.state.arrays, "last_logits": session.state.last_logits}, tmp_path / "s",
+              {"format": "sbedge-state-1", "position": str(session.state.position), "session": json.dumps(record)})
+    loaded = Session.load(tmp_path / "s", FakeEngine(tokenizer), tokenizer)
+    assert loaded.messages == session.messages and loaded.tokens == session.tokens
+    assert ids_of(loaded.chat("How", max_tokens=6)) == ids_of(session.chat("How", max_tokens=6))
+    assert loaded.reused == session.reused > 0 and loaded.reread == ""
+    record["turn"] = None       # plain text was read last
+    save_file(dict(session.fork().state.arrays), tmp_path / "s", {
+        "format": "sbedge-state-1", "position": "99", "session": json.dumps(record)})
+    assert Session.load(tmp_path / "s", FakeEngine(tokenizer), tokenizer).messages == session.messages[:1]
 
 
 def test_reset_makes_the_same_reply_again(tokenizer):

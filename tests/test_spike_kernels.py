@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbedge.quant.event_layout import pack_nibbles, residual_rows, split_codes
+from sbedge.quant.event_layout import pack_nibbles, residual_rows, split_codes, to_stripes
 from sbedge.runtime.native.library import W4, W8, load_native
 
 lib = load_native()
@@ -19,7 +19,7 @@ if lib is None:
     pytest.skip("libsbedge is not built here", allow_module_level=True)
 
 BEST = lib.isa()
-ISAS = [name for name in ("scalar", "avx2", "avx512vnni", "neon") if lib.set_isa(name.encode()) == 0]
+ISAS = [name for name in ("scalar", "avx2", "avxvnni", "avx512vnni", "neon") if lib.set_isa(name.encode()) == 0]
 lib.set_isa(BEST)
 
 
@@ -110,7 +110,7 @@ class Layer:
     """One linear with its native struct, and the integers it stands for."""
 
     codes: np.ndarray               # [in, out] int64: true codes, or nibbles less their zero points
-    scales: np.ndarray              # [in / group, out]
+    scales: np.ndarray              # [in / group, out] float32, or float16 in 4 bits
     bias: np.ndarray | None
     struct: W8 | W4
     held: list = field(default_factory=list)    # arrays that the struct points into
@@ -130,32 +130,34 @@ class Layer:
         y = np.zeros((len(counts), self.codes.shape[1]), np.float32)
         for g, scales in enumerate(self.scales):
             part = slice(g * group, (g + 1) * group)
-            y += (counts[:, part].astype(np.int64) @ self.codes[part]).astype(np.float32) * scales
+            y += (counts[:, part].astype(np.int64) @ self.codes[part]).astype(np.float32) * scales.astype(np.float32)
         y *= thresholds[:, None]
         return y if self.bias is None else y + self.bias
 
 
-def w8_layer(rng, inputs, out, residual=False, bias=False):
+def w8_layer(rng, inputs, out, residual=False, bias=False, stripe=0, unsigned=False):
     codes = rng.integers(-128, 128, (out, inputs), dtype=np.int32)
     if residual:
         beyond = rng.random(codes.shape) < 0.03
         codes[beyond] = rng.integers(-400, 400, np.count_nonzero(beyond))
     int8, index, value = split_codes(codes)
+    stored = (int8.view(np.uint8) ^ 0x80) if unsigned else int8
     start, output = residual_rows(index, int8.shape)
     scales = rng.random((-(-inputs // 128), out), np.float32) * np.float32(0.01)
     shift = rng.standard_normal(out).astype(np.float32) if bias else None
-    struct = W8(inputs, out, pointer(int8), pointer(scales), pointer(shift), pointer(start if residual else None),
-                pointer(output), pointer(value))
-    return Layer(codes.T.astype(np.int64), scales, shift, struct, [int8, start, output, value])
+    stored = to_stripes(stored, stripe or out)
+    struct = W8(inputs, out, stripe, pointer(stored), pointer(scales), pointer(shift),
+                pointer(start if residual else None), pointer(output), pointer(value), unsigned)
+    return Layer(codes.T.astype(np.int64), scales, shift, struct, [stored, start, output, value])
 
 
-def w4_layer(rng, inputs, out, group=32, zeros=True, bias=False):
+def w4_layer(rng, inputs, out, group=32, zeros=True, bias=False, stripe=0):
     nibbles = rng.integers(0, 16, (inputs, out), dtype=np.uint8)
-    packed = pack_nibbles(nibbles)
+    packed = to_stripes(pack_nibbles(nibbles), (stripe or out) // 2)
     zero = rng.integers(0, 16, (inputs // group, out), dtype=np.uint8) if zeros else None
-    scales = rng.random((inputs // group, out), np.float32) * np.float32(0.01)
+    scales = (rng.random((inputs // group, out), np.float32) * np.float32(0.01)).astype(np.float16)
     shift = rng.standard_normal(out).astype(np.float32) if bias else None
-    struct = W4(inputs, out, group, pointer(packed), pointer(scales), pointer(zero), pointer(shift))
+    struct = W4(inputs, out, stripe, group, pointer(packed), pointer(scales), pointer(zero), pointer(shift))
     codes = nibbles.astype(np.int64) - (np.repeat(zero.astype(np.int64), group, axis=0) if zero is not None else 8)
     return Layer(codes, scales, shift, struct, [packed, zero])
 
@@ -172,12 +174,14 @@ def spikes(rng, n, inputs, silent, largest=7):
 
 
 def make_layer(kind, rng, inputs, out, bias=False):
+    stripe = int(rng.choice([0, 64, 128]))
     if kind.startswith("w8"):
-        return w8_layer(rng, inputs, out, residual=kind.endswith("residual"), bias=bias)
-    return w4_layer(rng, inputs, -(-out // 64) * 64, 32 if "32" in kind else 128, "zeros" in kind, bias)
+        return w8_layer(rng, inputs, out, "residual" in kind, bias, stripe, "unsigned" in kind)
+    return w4_layer(rng, inputs, -(-out // 64) * 64, int(kind.split("-")[1]), "zeros" in kind, bias, stripe)
 
 
-KINDS = ["w8", "w8-residual", "w4-32", "w4-32-zeros", "w4-128", "w4-128-zeros"]
+KINDS = ["w8", "w8-residual", "w8-unsigned", "w8-unsigned-residual",
+         "w4-32", "w4-32-zeros", "w4-64-zeros", "w4-128", "w4-128-zeros"]
 LARGEST = [7, 64, 65, 127, 128, 60_000]
 
 

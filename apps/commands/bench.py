@@ -44,7 +44,7 @@ from sbedge.state import State
 if TYPE_CHECKING:
     from sbedge.runtime.ggml_engine import Traffic
 
-DEFAULT_QUANT = {"gguf": "w8-spike", "onnx": "int8"}
+DEFAULT_QUANT = "w8-spike"
 FEED = 4096     # ids fed at a time on the way to a depth
 
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--shape", choices=list(SHAPES),
                         help="random weights of this shape, made once and kept in the cache folder ($SBEDGE_CACHE, "
                              "else ~/.cache/sbedge)")
-    parser.add_argument("--quant", metavar="NAME", help="with --shape: number format (default w8-spike; int8 for ONNX)")
+    parser.add_argument("--quant", metavar="NAME", help=f"with --shape: number format (default {DEFAULT_QUANT})")
     parser.add_argument("--spike-k", type=float, metavar="K", help="with --shape: as in `sbedge export`")
     parser.add_argument("--dead-zone", type=float, metavar="Z", help="with --shape: as in `sbedge export`")
     parser.add_argument("--depth", type=int, nargs="+", default=[0], metavar="N",
@@ -204,14 +204,15 @@ def weight_bytes(contents: Contents, *, native: bool) -> int:
 
 
 def has_events(contents: Contents) -> bool:
-    return any(tensor.name.endswith(".codes") for tensor in contents.tensors)
+    """Whether it is a GGUF file with event layouts, which the engine decodes where it has no kernels for them."""
+    return contents.kind == "gguf" and any(tensor.name.endswith((".codes", ".nibbles")) for tensor in contents.tensors)
 
 
 # --- random weights ----------------------------------------------------------------------------------
 def random_model(args: argparse.Namespace) -> Path:
     """The export of random weights that the options ask for, from the cache folder or made now."""
     format = "onnx" if args.engine == "onnx" else "gguf"
-    quant = args.quant or DEFAULT_QUANT[format]
+    quant = args.quant or DEFAULT_QUANT
     check_quant(format, quant)
     asked = {"k": args.spike_k, "dead_zone": args.dead_zone}
     given = {name: value for name, value in asked.items() if value is not None}

@@ -34,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding-quant", metavar="NAME",
                         help="for embeddings and lm_head (default: 8 bit, exact where --quant is)")
     parser.add_argument("--spike-k", type=float, metavar="K",
-                        help="w8-spike: firing threshold is mean|x| / K; larger is finer and less silent (default 3)")
+                        help="w8-spike, w4-spike: firing threshold is mean|x| / K; larger is finer and less silent "
+                             "(default 3)")
     parser.add_argument("--dead-zone", type=float, metavar="Z",
-                        help="w8-spike: channels with |x| below Z * mean|x| stay silent (default 0)")
+                        help="w8-spike, w4-spike: channels with |x| below Z * mean|x| stay silent (default 0)")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=None,
                         help="compare with float32 (default: if the checkpoint is under 2 GB)")

@@ -5,7 +5,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ import numpy as np
 
 import sbedge
 from sbedge.checkpoint import Checkpoint
-from sbedge.config import WEIGHT_GROUP, ModelConfig
+from sbedge.config import ModelConfig
 from sbedge.errors import ExportError, SbedgeError
-from sbedge.export.spikes import Spikes, exported_config, is_event_linear, weight_codes
+from sbedge.export.spikes import Spikes, event_layout, exported_config
 from sbedge.gguf_format import ARCHITECTURE, TYPES, config_metadata, gguf_name, row_bytes
-from sbedge.quant.event_layout import split_codes
 from sbedge.quant.ggml_library import load_ggml, quantize_rows
+
+from .tensors import Tensor, event_tensors
 
 ALIGNMENT = 64              # rows of event layouts start on cache lines
 BLOCK_BYTES = 1 << 24       # float32 bytes quantized at a time
@@ -28,25 +28,12 @@ THREADS = 2
 
 # quant name -> (type of linears, type where a width is no multiple of its block)
 QUANTS = {"f32": ("F32", "F32"), "f16": ("F16", "F16"), "q8_0": ("Q8_0", "F16"), "q4_0": ("Q4_0", "F16"),
-          "q4_k": ("Q4_K", "Q5_0"), "q6_k": ("Q6_K", "Q8_0"), "w8-spike": ("codes", "codes")}
+          "q4_k": ("Q4_K", "Q5_0"), "q6_k": ("Q6_K", "Q8_0"), "w8-spike": ("codes", "codes"),
+          "w4-spike": ("nibbles", "nibbles")}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "q6_k": 18}     # llama.cpp's LLAMA_FTYPE
 EMBEDDINGS = ("model.embeddings.weight", "lm_head.weight")
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of the file: `blocks` yields its bytes in order, each array a job done by a worker."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    blocks: Callable[[], Iterator[Callable[[], np.ndarray]]]
-
-    @property
-    def nbytes(self) -> int:
-        return row_bytes(self.type, self.shape[-1]) * int(np.prod(self.shape[:-1]))
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quant: str | None = None,
@@ -54,7 +41,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quan
                progress: Progress | None = None, force: bool = False) -> None:
     """Write `checkpoint` to `path` in one of QUANTS; embeddings and lm_head have their own.
 
-    `spikes` says how activations spike where `quant` is w8-spike (see Spikes). The file appears whole or not at
+    `spikes` says how activations spike where `quant` ends in -spike (see Spikes). The file appears whole or not at
     all. `progress(done_bytes, total_bytes, tensor_name)` is called after each block.
     Raises ExportError (bad option, existing path, full disk).
     """
@@ -89,8 +76,8 @@ def default_embedding_quant(checkpoint: Checkpoint, quant: str) -> str:
 
 
 def _check_options(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> None:
-    for option, value, allowed in (("quant", quant, list(QUANTS)),
-                                   ("embedding quant", embedding_quant, [q for q in QUANTS if q != "w8-spike"])):
+    dense = [name for name in QUANTS if not name.endswith("-spike")]
+    for option, value, allowed in (("quant", quant, list(QUANTS)), ("embedding quant", embedding_quant, dense)):
         if value not in allowed:
             raise ExportError(f"{option} {value!r} is not known for GGUF, expected one of {', '.join(allowed)}")
         if value.endswith("_k"):
@@ -100,8 +87,8 @@ def _check_options(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> 
 # --- what goes into the file -----------------------------------------------------------------------
 def _plan(checkpoint: Checkpoint, name: str, quant: str, embedding_quant: str) -> list[Tensor]:
     shape = checkpoint.shapes[name]
-    if quant == "w8-spike" and is_event_linear(checkpoint, name):
-        return _event_layout(checkpoint, name)
+    if layout := event_layout(checkpoint, name, quant):
+        return event_tensors(checkpoint, name, layout)
     kind = _type_of(name, shape, embedding_quant if name in EMBEDDINGS else quant)
     rows = shape[0] if len(shape) == 1 else max(1, BLOCK_BYTES // (4 * shape[1]))
 
@@ -115,45 +102,13 @@ def _plan(checkpoint: Checkpoint, name: str, quant: str, embedding_quant: str) -
 
 def _type_of(name: str, shape: tuple[int, ...], quant: str) -> str:
     # Vectors are small and the low-rank gate decides how long the model remembers: both stay exact.
-    if len(shape) == 1 or ".gk_proj." in name or quant == "w8-spike":
+    if len(shape) == 1 or ".gk_proj." in name or quant.endswith("-spike"):
         return "F32"
     kind, fallback = QUANTS[quant]
     for choice in (kind, fallback):
         if shape[1] % TYPES[choice].block == 0:
             return choice
     return "F16"
-
-
-def _event_layout(checkpoint: Checkpoint, name: str) -> list[Tensor]:
-    """The int8 codes of one linear, input-channel-major (see sbedge/gguf_format.py); lossless for W8ASpike."""
-    out, width = checkpoint.shapes[name]
-    groups = -(-width // WEIGHT_GROUP)
-    stem = gguf_name(name).removesuffix("weight")
-    names = ("codes", "residual_index", "residual_value", "scales")
-    made: dict[str, np.ndarray] = {}
-
-    def make(suffix: str) -> np.ndarray:
-        # All parts are made when the first is written, and each is let go with its turn: one layer in memory.
-        if not made:
-            codes, scales = weight_codes(checkpoint, name)
-            made.update(zip(names, (*split_codes(codes), scales.T), strict=True))
-        array = np.ascontiguousarray(made.pop(suffix)).view(np.uint8)
-        if suffix == written[-1]:
-            made.clear()
-        return array
-
-    def part(suffix: str, shape: tuple[int, ...], kind: str) -> Tensor:
-        return Tensor(stem + suffix, shape, kind, lambda: iter([partial(make, suffix)]))
-
-    parts = [part("codes", (width, out), "I8"), part("scales", (groups, out), "F32")]
-    residual = 0
-    if checkpoint.is_w8aspike:
-        published = weight_codes(checkpoint, name)[0]
-        residual = int(np.count_nonzero((published < -128) | (published > 127)))
-    if residual:
-        parts += [part("residual_index", (residual,), "I32"), part("residual_value", (residual,), "I32")]
-    written = [tensor.name.removeprefix(stem) for tensor in parts]
-    return parts
 
 
 # --- writing ---------------------------------------------------------------------------------------

@@ -13,31 +13,34 @@ import onnx
 from sbedge import __version__
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import ExportError
+from sbedge.export.spikes import Spikes, exported_config
 
 from .genai import genai_config
 from .graph import Graph
 from .layers import Progress, Recipe
-from .ops import MAX_COUNT
+from .ops import MAX_COUNT, MAX_DIGITS_COUNT, largest_count
 from .weights import DataFile
 
-FORMS = ("f32", "int8", "int4")
+FORMS = ("f32", "int8", "int4", "w8-spike", "w4-spike")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
                    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
 
 
 def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4", embedding_quant: str | None = None,
-               progress: Progress | None = None, force: bool = False) -> None:
+               spikes: Spikes | None = None, progress: Progress | None = None, force: bool = False) -> None:
     """Export `checkpoint` to `folder`, tensor by tensor; the folder appears complete or not at all.
 
-    quant            "f32", "int8" or "int4": how linear layers are stored (W8ASpike: "f32" or "int8", both exact)
-    embedding_quant  the same for embeddings and lm_head; default "int8", or "f32" when quant is exact
+    quant            one of FORMS: how linear layers are stored (W8ASpike: "f32" or "w8-spike", both exact; "int8" is
+                     another name of the latter there)
+    embedding_quant  "f32", "int8" or "int4" for embeddings and lm_head; default "int8", or "f32" when quant is exact
+    spikes           how activations spike where quant ends in -spike (see Spikes)
     progress         called with (bytes done, bytes in all, tensor name), bytes of the source
     force            replace `folder` if it exists
 
     Raises ExportError for a bad option, an existing folder, or a disk that fails or is full.
     """
     folder = Path(folder)
-    recipe = checked_recipe(checkpoint, quant, embedding_quant)
+    recipe = checked_recipe(checkpoint, quant, embedding_quant, spikes)
     check_replaceable(folder, force)
     temporary = None
     try:
@@ -62,20 +65,25 @@ def check_replaceable(folder: Path, force: bool) -> None:
         raise ExportError(f"{folder}: is not an ONNX folder, so --force does not replace it; choose another name")
 
 
-def checked_recipe(checkpoint: Checkpoint, quant: str, embedding_quant: str | None) -> Recipe:
+def checked_recipe(checkpoint: Checkpoint, quant: str, embedding_quant: str | None, spikes: Spikes | None) -> Recipe:
     # W8ASpike as published is exact all through; 8 bit in the embeddings alone would spoil that.
     embedding_quant = embedding_quant or ("f32" if quant == "f32" or checkpoint.is_w8aspike else "int8")
-    for name, form in (("quant", quant), ("embedding_quant", embedding_quant)):
-        if form not in FORMS:
-            raise ExportError(f"{name} is {form!r}, expected one of {', '.join(FORMS)}")
+    dense = [form for form in FORMS if not form.endswith("-spike")]
+    for name, form, forms in (("quant", quant, FORMS), ("embedding_quant", embedding_quant, dense)):
+        if form not in forms:
+            raise ExportError(f"{name} is {form!r}, expected one of {', '.join(forms)}")
     if checkpoint.is_w8aspike and quant == "int4":
         raise ExportError(f"{checkpoint.folder}: a W8ASpike checkpoint has 8-bit weights, which int4 would lose; "
                           "use --quant int8 or f32, both exact")
-    D, k = checkpoint.config.hidden_size, checkpoint.config.spike_k
+    config = exported_config(checkpoint, quant, spikes)
+    D, k = config.hidden_size, config.spike_k
     if quant == "int8" and k * D > MAX_COUNT:       # the count of a channel that holds all the activity
         raise ExportError(f"{checkpoint.folder}: hidden size {D} allows spike counts beyond {MAX_COUNT}, "
                           "which an int8 export cannot sum exactly; use --quant f32")
-    return Recipe(quant, embedding_quant)
+    if quant.endswith("-spike") and largest_count(config) > MAX_DIGITS_COUNT:
+        raise ExportError(f"spike k {k:g} allows spike counts beyond {MAX_DIGITS_COUNT}, which an ONNX export cannot "
+                          "sum exactly; choose a smaller --spike-k")
+    return Recipe(quant, embedding_quant, config)
 
 
 def write_model(checkpoint: Checkpoint, folder: Path, recipe: Recipe, progress: Progress | None) -> None:
@@ -87,10 +95,10 @@ def write_model(checkpoint: Checkpoint, folder: Path, recipe: Recipe, progress: 
 def write_sidecars(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
     published = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     block: dict[str, Any] = {
-        "config": checkpoint.config.to_dict(), "source": checkpoint.fingerprint, "exporter": __version__,
-        "quantization": {"linear": recipe.linear, "embedding": recipe.embedding}, "spike_k": checkpoint.config.spike_k}
+        "config": recipe.config.to_dict(), "source": checkpoint.fingerprint, "exporter": __version__,
+        "quantization": {"linear": recipe.linear, "embedding": recipe.embedding}, "spike_k": recipe.config.spike_k}
     write_json(folder / "config.json", {**published, "sbedge": block})
-    write_json(folder / "genai_config.json", genai_config(checkpoint.config))
+    write_json(folder / "genai_config.json", genai_config(recipe.config))
     for name in TOKENIZER_FILES:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)

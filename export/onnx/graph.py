@@ -36,7 +36,7 @@ class Graph(Layers):
 
     def gla_layer(self, i: int, attn: str, x: str) -> str:
         spiked = self.spiked(x)
-        q, k, v = (self.linear(f"{attn}{name}_proj", spiked) for name in "qkv")
+        q, k, v = self.linears([f"{attn}{name}_proj" for name in "qkv"], spiked)
         if self.config.gate_rank:
             gate = self.linear(attn + "gk_proj.1", self.linear(attn + "gk_proj.0", x))
         else:
@@ -48,7 +48,7 @@ class Graph(Layers):
 
     def window_layer(self, i: int, attn: str, x: str) -> str:
         spiked = self.spiked(x)
-        q, k, v = (self.linear(f"{attn}{name}_proj", spiked) for name in "qkv")
+        q, k, v = self.linears([f"{attn}{name}_proj" for name in "qkv"], spiked)
         op, parts, extra = "SlidingWindowAttention", ["key", "value"], {}
         if self.config.int8_window:
             op, parts = "SpikingWindowAttention", ["key", "key_scale", "value", "value_scale"]
@@ -59,11 +59,12 @@ class Graph(Layers):
         return self.linear(attn + "o_proj", self.spiked(self.typed(y, self.config.hidden_size)))
 
     def ffn(self, mlp: str, x: str) -> str:
-        """down(silu(gate(x)) * up(x)); the input of down is never spiked."""
+        """down(silu(gate(x)) * up(x)); the input of down spikes if the model says so (W8ASpike does not)."""
         spiked = self.spiked(x)
-        gate, up = self.linear(mlp + "gate_proj", spiked), self.linear(mlp + "up_proj", spiked)
+        gate, up = self.linears([mlp + "gate_proj", mlp + "up_proj"], spiked)
         silu = self.node("Mul", [gate, self.node("Sigmoid", [gate])])
-        return self.linear(mlp + "down_proj", self.node("Mul", [silu, up]))
+        h = self.node("Mul", [silu, up])
+        return self.linear(mlp + "down_proj", self.spiked(h) if self.config.spike_down else h)
 
     def last_rows(self, h: str) -> str:
         """h [1, n, D] -> its last logits_to_keep rows: none of them when that is 0."""
@@ -90,7 +91,8 @@ class Graph(Layers):
         opsets = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid("com.microsoft", 1),
                   helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
         used = {node.op_type for node in self.nodes if node.domain == ops.DOMAIN}
-        return helper.make_model(graph, functions=ops.functions(used), opset_imports=opsets, ir_version=ops.IR_VERSION,
+        functions = ops.functions(used, ops.digits_of(self.config))
+        return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=ops.IR_VERSION,
                                  producer_name="sbedge", producer_version=__version__)
 
 

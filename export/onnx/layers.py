@@ -10,10 +10,13 @@ import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from sbedge.checkpoint import Checkpoint
-from sbedge.config import WEIGHT_GROUP
+from sbedge.config import WEIGHT_GROUP, ModelConfig
+from sbedge.export.spikes import event_layout
 from sbedge.quant.blocks import BLOCK, Blocks, quantize_blocks
 
 from . import ops
+from .events import write_w4, write_w8
+from .spike_ops import GROUPS
 from .weights import DataFile, same_bytes
 
 BITS = {"int8": 8, "int4": 4}
@@ -26,10 +29,11 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are stored: "f32", "int8" or "int4"."""
+    """How weights are stored, and the model that this makes of the checkpoint."""
 
-    linear: str
-    embedding: str      # embeddings and lm_head
+    linear: str             # "f32", "int8", "int4", "w8-spike" or "w4-spike"
+    embedding: str          # embeddings and lm_head: "f32", "int8" or "int4"
+    config: ModelConfig
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,11 @@ class Layers:
 
     def __init__(self, checkpoint: Checkpoint, data: DataFile, recipe: Recipe, progress: Progress | None):
         self.checkpoint, self.data, self.recipe, self.progress = checkpoint, data, recipe, progress
-        self.config = checkpoint.config
+        self.config = recipe.config
         self.nodes: list[NodeProto] = []
         self.value_info: list[ValueInfoProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.padded: dict[str, str] = {}    # counts -> the same up to a whole group of inputs
         self.bytes_per_weight = {name: checkpoint.rows(name, 0, 1).itemsize for name in checkpoint.names()}
         self.total = sum(prod(checkpoint.shapes[name]) * size for name, size in self.bytes_per_weight.items())
         self.done = 0
@@ -84,12 +89,28 @@ class Layers:
         """`x` as spikes where the model spikes; one encoding serves all linears that read it."""
         if not self.config.spike_k:
             return x
-        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=self.config.spike_k))
+        zone = {"dead_zone": float(self.config.dead_zone)} if self.config.dead_zone else {}
+        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=float(self.config.spike_k), **zone))
 
     # --- linear layers: x [1, n, K] -> [1, n, N] ---------------------------------------------------
+    def linears(self, names: list[str], x: str | Spikes) -> list[str]:
+        """Linears of one input; spiking ones of one layout are one node."""
+        layouts = {self.event_layout(name) for name in names}
+        layout = layouts.pop()
+        if not isinstance(x, Spikes) or layout is None or layouts:
+            return [self.linear(name, x) for name in names]
+        return [self.add_bias(name, y) for name, y in zip(names, self.spike_linears(names, x, layout), strict=True)]
+
+    def event_layout(self, name: str) -> str | None:
+        quant = self.recipe.linear
+        if quant == "int8" and self.checkpoint.is_w8aspike:
+            quant = "w8-spike"      # its 8 bits are spiking ones
+        return event_layout(self.checkpoint, name + ".weight", quant)
+
     def linear(self, name: str, x: str | Spikes) -> str:
-        if isinstance(x, Spikes) and self.recipe.linear == "int8":
-            return self.add_bias(name, self.spike_linear(name, x))
+        layout = self.event_layout(name)
+        if isinstance(x, Spikes) and layout:
+            return self.add_bias(name, self.spike_linears([name], x, layout)[0])
         if isinstance(x, Spikes):
             x = self.node("Mul", [x.count, x.threshold])
         # The two small gate projections decide what a state forgets: they stay exact.
@@ -113,16 +134,26 @@ class Layers:
         bias = name + ".bias"
         return self.node("Add", [y, self.stored(bias)]) if bias in self.checkpoint.shapes else y
 
-    def spike_linear(self, name: str, x: Spikes) -> str:
-        """Int8 codes, input-channel-major, with the few larger codes beside them: no weight is rounded."""
-        weight = name + ".weight"
-        parts = [f"{weight}.{part}" for part in (
-            "codes", "scales", "residual_inputs", "residual_outputs", "residual_values")]
-        if parts[0] not in self.initializers:
-            for part, array in zip(parts, spike_weights(*self.checkpoint.weight_codes(weight)), strict=True):
-                self.constant(part, np.ascontiguousarray(array))
-            self.advance(weight, prod(self.checkpoint.shapes[weight]))
-        return self.own("SpikeLinear", [x.count, x.threshold, *parts], ["y"])[0]
+    def spike_linears(self, names: list[str], x: Spikes, layout: str) -> list[str]:
+        """One node of linears on spikes with their weights in layout "w8" or "w4"."""
+        op, write = ("SpikeLinear", write_w8) if layout == "w8" else ("SpikeLinear4", write_w4)
+        parts: list[str] = []
+        for name in names:
+            tensors = write(self.checkpoint, name + ".weight", self.data, self.advance)
+            self.initializers |= {tensor.name: tensor for tensor in tensors}
+            parts += [tensor.name for tensor in tensors]
+        channels = self.checkpoint.shapes[names[0] + ".weight"][1]
+        count = self.whole_groups(x.count, channels) if layout == "w8" else x.count
+        outputs = [f"y_{i}" for i in range(len(names))]
+        return self.own(op + GROUPS.get(len(names), ""), [count, x.threshold, *parts], outputs)
+
+    def whole_groups(self, count: str, channels: int) -> str:
+        """Counts [1, n, channels] with silent channels up to a whole group of inputs, as SpikeLinear takes them."""
+        lacking = -channels % WEIGHT_GROUP
+        if lacking and count not in self.padded:
+            pads = self.constant(f"pads.{lacking}", np.array([0, 0, 0, 0, 0, lacking]))
+            self.padded[count] = self.node("Pad", [count, pads])
+        return self.padded.get(count, count)
 
     # --- embeddings and lm_head, one stored copy when tied -----------------------------------------
     def embeddings(self) -> str:
@@ -204,14 +235,3 @@ class Layers:
         self.checkpoint.release()
         if self.progress:
             self.progress(self.done, self.total, name)
-
-
-def spike_weights(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Codes [N, K] and scales [N, K/128] as SpikeLinear takes them: codes + 128 as uint8 [K/128, 128, N], scales
-    [K/128, N], and the codes beyond int8 as inputs, outputs and float32 values of what int8 leaves over."""
-    N, K = codes.shape
-    outputs, inputs = np.nonzero((codes < -128) | (codes > 127))
-    stored = np.clip(codes, -128, 127)
-    excess = (codes - stored)[outputs, inputs] * scales[outputs, inputs // WEIGHT_GROUP]
-    by_input = (stored + 128).astype(np.uint8).T.reshape(K // WEIGHT_GROUP, WEIGHT_GROUP, N)
-    return by_input, scales.T, inputs, outputs, excess.astype(np.float32)

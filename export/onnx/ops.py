@@ -8,82 +8,17 @@ from __future__ import annotations
 
 from onnx import FunctionProto, parser
 
+from sbedge.config import ModelConfig
+
+from .spike_ops import GROUPS, PARTS, SPIKE_ENCODE, group, spike_linear, spike_linear_4
+
 DOMAIN = "ai.sbedge"
 VERSION = 1
 OPSET = 23              # the first with RMSNormalization and RotaryEmbedding
 IR_VERSION = 11         # the one of opset 23
-MAX_COUNT = 127 * 256 + 127     # what SpikeLinear sums exactly: two signed base-256 digits
+MAX_COUNT = 127 * 256 + 127     # the largest spike count of two signed base-256 digits
+MAX_DIGITS_COUNT = MAX_COUNT + 127 * 256 ** 2       # and of three
 HEADER = f'<opset_import: ["" : {OPSET}, "com.microsoft" : 1, "{DOMAIN}" : {VERSION}], domain: "{DOMAIN}">\n'
-
-# x [..., channels] -> count [..., channels] (whole numbers), threshold [..., 1]
-#   threshold = clip(mean|x| / k, 1e-5, 1e4)      count = round_half_even(x / threshold)
-SPIKE_ENCODE = """
-SpikeEncode <k> (x) => (count, threshold) {
-    last = Constant <value_ints = [-1]> ()
-    divisor = Constant <value_float: float = @k> ()
-    low = Constant <value_float = 1e-5> ()
-    high = Constant <value_float = 1e4> ()
-    magnitude = Abs (x)
-    mean = ReduceMean <keepdims = 1> (magnitude, last)
-    unclamped = Div (mean, divisor)
-    threshold = Clip (unclamped, low, high)
-    ratio = Div (x, threshold)
-    count = Round (ratio)
-}
-"""
-
-# count [1, n, K], threshold [1, n, 1] -> y [1, n, N] = threshold * (count @ weight)
-#   weight[i, o] = (codes[i, o] - 128) * scales[i // 128, o]    input-channel-major, uint8 [K/128, 128, N]
-#                + residual_values[j] at [residual_inputs[j], residual_outputs[j]]    codes beyond int8
-# Counts go in as two base-256 digits, so that the sums are whole numbers in int32 and exact:
-#
-#   count --floor((c + 128) / 256)--> high digit --+                           scales
-#     +-----c - 256 * high-------> low digit ------+-- MatMulInteger -> combine -> x --sum groups--+
-#     +-- one token at a time: gather inputs, times values, scatter-add to outputs ----------------+-- x threshold
-#
-# |count| <= k * K, because mean|x| >= max|x| / K (up to the threshold's cap of 1e4, which no sane input reaches);
-# so two digits are enough while k * K <= MAX_COUNT.
-SPIKE_LINEAR = """
-SpikeLinear (count, threshold, codes, scales, residual_inputs, residual_outputs, residual_values) => (y) {
-    base = Constant <value_float = 256.0> ()
-    offset = Constant <value_float = 128.0> ()
-    base_int = Constant <value = int32 {256}> ()
-    zero_point = Constant <value = uint8 {128}> ()
-    batch_axis = Constant <value_ints = [0]> ()
-    group_shape = Constant <value_ints = [0, -1, 128]> ()
-    group_axis = Constant <value_ints = [1]> ()
-
-    rows = Squeeze (count, batch_axis)
-    raised = Add (rows, offset)
-    quotient = Div (raised, base)
-    high = Floor (quotient)
-    high_part = Mul (high, base)
-    low = Sub (rows, high_part)
-    digits = Concat <axis = 0> (low, high)
-    grouped = Reshape (digits, group_shape)
-    by_group = Transpose <perm = [1, 0, 2]> (grouped)
-    shifted = Add (by_group, offset)
-    bytes = Cast <to = 2> (shifted)
-    sums = MatMulInteger (bytes, codes, zero_point, zero_point)
-    low_sums, high_sums = Split <axis = 1, num_outputs = 2> (sums)
-    high_shifted = Mul (high_sums, base_int)
-    whole = Add (low_sums, high_shifted)
-    whole_float = Cast <to = 1> (whole)
-    scales_by_group = Unsqueeze (scales, group_axis)
-    scaled = Mul (whole_float, scales_by_group)
-    dense = ReduceSum <keepdims = 0> (scaled, batch_axis)
-
-    outputs = Shape <start = -1> (codes)
-    zeros = ConstantOfShape (outputs)
-    residual = Scan <num_scan_inputs = 1, body = one_token (float[K] token) => (float[N] sparse) {
-        gathered = Gather <axis = 0> (token, residual_inputs)
-        products = Mul (gathered, residual_values)
-        sparse = ScatterElements <axis = 0, reduction = "add"> (zeros, residual_outputs, products)
-    }> (rows)
-    total = Add (dense, residual)
-    y = Mul (total, threshold)
-}
-"""
 
 # q [1, n, H*d], k, v, gate [1, n, G*d], norm_weight [d], past [1, G, d, d] -> y [1, n, H*d], present
 #   S_t = exp(g_t) S_(t-1) + relu(k_t) v_t^T      g = logsigmoid(gate) / 16
@@ -312,13 +247,26 @@ SpikingWindowAttention <num_heads, kv_num_heads, scale, spike_k>
     q_used = Mul (q_count, q_threshold)
 """ + ATTEND + "}"
 
-BODIES = (SPIKE_ENCODE, SPIKE_LINEAR, GATED_LINEAR_ATTENTION, ROTARY_ANGLES, SLIDING_WINDOW_ATTENTION,
-          SPIKING_WINDOW_ATTENTION)
+BODIES = (SPIKE_ENCODE, GATED_LINEAR_ATTENTION, ROTARY_ANGLES, SLIDING_WINDOW_ATTENTION, SPIKING_WINDOW_ATTENTION)
 
 
-def functions(used: set[str] | None = None) -> list[FunctionProto]:
-    """The model-local functions of the `used` ops (all by default) and of the ops these call."""
-    parsed = {function.name: function for function in (parser.parse_function(HEADER + body) for body in BODIES)}
+def largest_count(config: ModelConfig) -> float:
+    """No spike count of the model's linears is larger; see spike_ops.py."""
+    return config.spike_k * max(config.hidden_size, config.intermediate_size if config.spike_down else 0)
+
+
+def digits_of(config: ModelConfig) -> int:
+    return 2 if largest_count(config) <= MAX_COUNT else 3
+
+
+def functions(used: set[str] | None = None, digits: int = 2) -> list[FunctionProto]:
+    """The model-local functions of the `used` ops (all by default) and of the ops these call.
+
+    digits   base-256 digits that hold the spike counts of linears: 2 up to MAX_COUNT, 3 beyond
+    """
+    bodies = [*BODIES, spike_linear(digits), spike_linear_4(digits),
+              *(group(op, op + suffix, members) for op in PARTS for members, suffix in GROUPS.items())]
+    parsed = {function.name: function for function in (parser.parse_function(HEADER + body) for body in bodies)}
     wanted = set(parsed) if used is None else set(used)
     for name in list(wanted):
         wanted |= {node.op_type for node in parsed[name].node if node.domain == DOMAIN}

@@ -13,7 +13,7 @@ namespace {
 
 struct Isa {
     const char* name;
-    const SpikeKernels* spike;
+    const LinearKernels* linear;
     const MixerKernels* mixer;
     bool (*supported)();
 };
@@ -22,8 +22,9 @@ bool always() { return true; }
 
 #if defined(__x86_64__) || defined(_M_X64)
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 bool has_avx512vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -31,6 +32,7 @@ bool has_avx512vnni() {
 }
 #else
 bool has_avx2() { return false; }
+bool has_avxvnni() { return false; }
 bool has_avx512vnni() { return false; }
 #endif
 
@@ -42,10 +44,11 @@ bool has_neon() { return true; }
 bool has_neon() { return false; }
 #endif
 
-// Best first. Each may lack a table of its own for one family of kernels; scalar has them all.
+// Best first.
 const Isa* isas(int* count) {
     static const Isa all[] = {
         {"avx512vnni", spike_avx512vnni, mixer_avx512vnni, has_avx512vnni},
+        {"avxvnni", spike_avxvnni, mixer_avx2, has_avxvnni},
         {"avx2", spike_avx2, mixer_avx2, has_avx2},
         {"neon", spike_neon, mixer_neon, has_neon},
         {"scalar", spike_scalar, mixer_scalar, always},
@@ -58,7 +61,7 @@ const Isa* find(const char* name) {
     int count = 0;
     const Isa* all = isas(&count);
     for (int i = 0; i < count; ++i) {
-        const bool built = all[i].spike && all[i].mixer;
+        const bool built = all[i].linear && all[i].mixer;
         if (built && all[i].supported() && (!name || !std::strcmp(name, all[i].name))) return &all[i];
     }
     return nullptr;
@@ -93,30 +96,40 @@ int sbedge_set_isa(const char* name) {
 
 void sbedge_spike_encode(const float* x, int64_t n, int64_t width, float k, float dead_zone, int32_t* counts,
                          float* thresholds, int ith, int nth) {
-    current()->spike->spike_encode(x, n, width, k, dead_zone, counts, thresholds, ith, nth);
+    current()->linear->spike_encode(x, n, width, k, dead_zone, counts, thresholds, ith, nth);
 }
 
 void sbedge_norm_spike_encode(const float* x, const float* norm_weight, float eps, int64_t n, int64_t width, float k,
                               float dead_zone, float* normed, int32_t* counts, float* thresholds, int ith, int nth) {
-    current()->spike->norm_spike_encode(x, norm_weight, eps, n, width, k, dead_zone, normed, counts, thresholds, ith,
+    current()->linear->norm_spike_encode(x, norm_weight, eps, n, width, k, dead_zone, normed, counts, thresholds, ith,
                                         nth);
 }
 
 int64_t sbedge_spike_matmul_w8(const sbedge_w8* w, const int32_t* counts, const float* thresholds, int64_t n, float* y,
                                int64_t y_stride, int ith, int nth) {
-    return current()->spike->spike_matmul_w8(w, counts, thresholds, n, y, y_stride, ith, nth);
+    return current()->linear->spike_matmul_w8(w, counts, thresholds, n, y, y_stride, ith, nth);
 }
 
 int64_t sbedge_spike_matmul_w4(const sbedge_w4* w, const int32_t* counts, const float* thresholds, int64_t n, float* y,
                                int64_t y_stride, int ith, int nth) {
-    return current()->spike->spike_matmul_w4(w, counts, thresholds, n, y, y_stride, ith, nth);
+    return current()->linear->spike_matmul_w4(w, counts, thresholds, n, y, y_stride, ith, nth);
+}
+
+void sbedge_block_encode(const float* x, int64_t n, int64_t width, int8_t* codes, float* scales, int32_t* sums, int ith,
+                         int nth) {
+    current()->linear->block_encode(x, n, width, codes, scales, sums, ith, nth);
+}
+
+void sbedge_dense_matmul(const sbedge_dense* w, const int8_t* codes, const float* scales, const int32_t* sums,
+                         int64_t n, float* y, int64_t y_stride, int ith, int nth) {
+    current()->linear->dense_matmul(w, codes, scales, sums, n, y, y_stride, ith, nth);
 }
 
 int64_t sbedge_gla_scratch(int64_t heads, int64_t groups, int64_t d, int64_t n) {
     return current()->mixer->gla_scratch(heads, groups, d, n);
 }
 
-void sbedge_gla(const sbedge_gla_input* in, int64_t n, float* state, float* out, float* scratch, int ith, int nth) {
+void sbedge_gla(sbedge_gla_input* in, int64_t n, float* state, float* out, float* scratch, int ith, int nth) {
     current()->mixer->gla(in, n, state, out, scratch, ith, nth);
 }
 
@@ -124,7 +137,7 @@ int64_t sbedge_window_scratch(int64_t heads, int64_t groups, int64_t d, int64_t 
     return current()->mixer->window_scratch(heads, groups, d, window, n);
 }
 
-void sbedge_window(const sbedge_window_input* in, int64_t position, int64_t n, sbedge_ring* ring, float* out,
+void sbedge_window(sbedge_window_input* in, int64_t position, int64_t n, sbedge_ring* ring, float* out,
                    float* scratch, int ith, int nth) {
     current()->mixer->window(in, position, n, ring, out, scratch, ith, nth);
 }

@@ -26,7 +26,20 @@ struct Avx2 {
     static void store(float* p, reg x, int64_t n) {
         n >= width ? store(p, x) : _mm256_maskstore_ps(p, mask(n), x);
     }
-    static reg load_int8(const int8_t* p, int64_t n) {
+    static reg load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+    static reg load(const half* p, int64_t n) {
+        if (n >= width) return load(p);
+        alignas(16) half room[8] = {};
+        for (int64_t i = 0; i < n; ++i) room[i] = p[i];
+        return load(room);
+    }
+    static void store(half* p, reg x, int64_t n) {
+        alignas(16) half room[8];
+        _mm_store_si128((__m128i*)room, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+        for (int64_t i = 0; i < least(n, width); ++i) p[i] = room[i];
+    }
+    static reg load(const int8_t* p) { return load(p, width); }
+    static reg load(const int8_t* p, int64_t n) {
         __m128i codes;
         if (n >= width) {
             codes = _mm_loadl_epi64((const __m128i*)p);
@@ -37,10 +50,10 @@ struct Avx2 {
         }
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
     }
-    static void store_int8(int8_t* p, reg x, int64_t n) {
+    static void store(int8_t* p, reg x, int64_t n) {
         alignas(32) int32_t room[8];
         _mm256_store_si256((__m256i*)room, _mm256_cvtps_epi32(x));
-        for (int64_t i = 0; i < n; ++i) p[i] = int8_t(room[i]);
+        for (int64_t i = 0; i < least(n, width); ++i) p[i] = int8_t(room[i]);
     }
     static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
     static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }

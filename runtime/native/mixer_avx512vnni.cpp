@@ -29,12 +29,20 @@ struct Avx512 {
     static void store(float* p, reg x, int64_t n) {
         n >= width ? store(p, x) : _mm512_mask_storeu_ps(p, mask(n), x);
     }
-    static reg load_int8(const int8_t* p, int64_t n) {
+    static reg load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+    static reg load(const half* p, int64_t n) {
+        return n >= width ? load(p) : _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p));
+    }
+    static void store(half* p, reg x, int64_t n) {
+        _mm256_mask_storeu_epi16(p, mask(least(n, width)), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static reg load(const int8_t* p) { return load(p, width); }
+    static reg load(const int8_t* p, int64_t n) {
         const __m128i codes = n >= width ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8(mask(n), p);
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
     }
-    static void store_int8(int8_t* p, reg x, int64_t n) {
-        _mm512_mask_cvtepi32_storeu_epi8(p, mask(n), _mm512_cvtps_epi32(x));
+    static void store(int8_t* p, reg x, int64_t n) {
+        _mm512_mask_cvtepi32_storeu_epi8(p, mask(least(n, width)), _mm512_cvtps_epi32(x));
     }
     static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
     static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }

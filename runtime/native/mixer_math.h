@@ -10,8 +10,17 @@
 namespace sbedge {
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Loops over registers: unless they are unrolled early, GCC keeps the sums in memory.
+#define SBEDGE_UNROLL _Pragma("GCC unroll 16")
+
+struct half {   // IEEE binary16
+    uint16_t bits;
+};
+
+constexpr float HALF_MAX = 65504.0f;
 
 // Offsets of arrays in one thread's scratch, each on a cache line of its own.
 struct Layout {
@@ -67,13 +76,43 @@ struct Before {
     const float* decay;     // [rows] or NULL
 };
 
-// c [R, count] (+)= a [R, K] b [K, count], R * N vectors in registers; `count` may be ragged where N is 1.
-template <class V, int R, int N>
-inline void multiply_tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                          int64_t count, Before before) {
+// A left factor whose rows lie `stride` floats apart, and one whose columns do.
+struct ByRows {
+    const float* x;
+    int64_t stride;
+    float at(int64_t r, int64_t k) const { return x[r * stride + k]; }
+    ByRows from(int64_t r) const { return {x + r * stride, stride}; }
+};
+
+struct ByColumns {
+    const float* x;
+    int64_t stride;
+    float at(int64_t r, int64_t k) const { return x[k * stride + r]; }
+    ByColumns from(int64_t r) const { return {x + r, stride}; }
+};
+
+// Memory that is wanted next and laid out like what is being read: asked for piece by piece in the same pace, so that
+// requests neither pile up nor take loops of their own.
+struct Nothing {};
+inline Nothing operator+(Nothing, int64_t) { return {}; }
+
+template <class V>
+inline void ask(Nothing, int64_t) {}
+
+template <class V, class T>
+inline void ask(const T* next, int64_t i) {
+    constexpr int64_t line = 64 / sizeof(T);
+    if (V::width >= line || i % line == 0) __builtin_prefetch(next + i, 0, 2);
+}
+
+// c [R, count] (+)= a [R, K] b [K, count], R * N vectors in registers; `count` may be ragged where N is 1. b is of any
+// type that V loads.
+template <class V, int R, int N, class A, class B, class Next>
+inline void multiply_tile(int64_t K, A a, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t count, Before before,
+                          Next next) {
     typename V::reg sum[R][N];
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < N; ++j) {
+    SBEDGE_UNROLL for (int r = 0; r < R; ++r)
+        SBEDGE_UNROLL for (int j = 0; j < N; ++j) {
             sum[r][j] = !before.keep ? V::set(0.0f)
                         : N == 1     ? V::load(c + r * ldc, count)
                                      : V::load(c + r * ldc + j * V::width);
@@ -81,15 +120,16 @@ inline void multiply_tile(int64_t K, const float* a, int64_t lda, const float* b
         }
     for (int64_t k = 0; k < K; ++k) {
         typename V::reg row[N];
-        for (int j = 0; j < N; ++j)
+        SBEDGE_UNROLL for (int j = 0; j < N; ++j)
             row[j] = N == 1 ? V::load(b + k * ldb, count) : V::load(b + k * ldb + j * V::width);
-        for (int r = 0; r < R; ++r) {
-            const auto x = V::set(a[r * lda + k]);
-            for (int j = 0; j < N; ++j) sum[r][j] = V::fma(x, row[j], sum[r][j]);
+        SBEDGE_UNROLL for (int j = 0; j < N; ++j) ask<V>(next + k * ldb, j * V::width);
+        SBEDGE_UNROLL for (int r = 0; r < R; ++r) {
+            const auto x = V::set(a.at(r, k));
+            SBEDGE_UNROLL for (int j = 0; j < N; ++j) sum[r][j] = V::fma(x, row[j], sum[r][j]);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < N; ++j) {
+    SBEDGE_UNROLL for (int r = 0; r < R; ++r)
+        SBEDGE_UNROLL for (int j = 0; j < N; ++j) {
             if (N == 1)
                 V::store(c + r * ldc, sum[r][j], count);
             else
@@ -108,44 +148,87 @@ inline void with_rows(int64_t rows, F f) {
     }
 }
 
-// All rows of one column panel.
-template <class V, int N>
-inline void multiply_panel(int64_t M, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                           int64_t ldc, int64_t count, Before before) {
-    for (; M >= V::rows; M -= V::rows, a += V::rows * lda, c += V::rows * ldc) {
-        multiply_tile<V, V::rows, N>(K, a, lda, b, ldb, c, ldc, count, before);
+// All rows of N vectors of columns.
+template <class V, int N, class A, class B, class Next = Nothing>
+inline void multiply_columns(int64_t M, int64_t K, A a, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t count,
+                             Before before, Next next = {}) {
+    for (; M >= V::rows; M -= V::rows, a = a.from(V::rows), c += V::rows * ldc) {
+        multiply_tile<V, V::rows, N>(K, a, b, ldb, c, ldc, count, before, next);
         if (before.decay) before.decay += V::rows;
     }
     with_rows<V::rows - 1>(M, [&](auto rest) {
-        multiply_tile<V, decltype(rest)::value, N>(K, a, lda, b, ldb, c, ldc, count, before);
+        multiply_tile<V, decltype(rest)::value, N>(K, a, b, ldb, c, ldc, count, before, next);
     });
 }
 
-constexpr int64_t PANEL = 32;   // columns of b that are packed together, at most
-
-// c [M, N] (+)= a [M, K] b [K, N], row-major with the given row strides. Where many rows pass over them, panels of b
-// are packed into `room` [K, PANEL] first: rows a power of two apart would evict each other from L1.
-template <class V>
-inline void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb,
-                     float* c, int64_t ldc, Before before, float* room) {
+// c [M, N] (+)= a [M, K] b [K, N], row-major with the given row strides: for few rows, that pass over b once. `next` is
+// laid out like b.
+template <class V, class A, class B, class Next = Nothing>
+inline void multiply(int64_t M, int64_t N, int64_t K, A a, const B* b, int64_t ldb, float* c, int64_t ldc,
+                     Before before, Next next = {}) {
     constexpr int64_t panel = V::panel * V::width;
-    static_assert(panel <= PANEL, "room for one panel");
-    const bool pack = M >= 3 * V::rows && ldb > panel;
     int64_t j = 0;
-    for (; j + panel <= N; j += panel) {
-        if (pack)
-            for (int64_t k = 0; k < K; ++k)
-                for (int64_t i = 0; i < panel; i += V::width)
-                    V::store(room + k * panel + i, V::load(b + k * ldb + j + i));
-        multiply_panel<V, V::panel>(M, K, a, lda, pack ? room : b + j, pack ? panel : ldb, c + j, ldc, panel, before);
-    }
+    for (; j + panel <= N; j += panel)
+        multiply_columns<V, V::panel>(M, K, a, b + j, ldb, c + j, ldc, panel, before, next + j);
     for (; j < N; j += V::width)
-        multiply_panel<V, 1>(M, K, a, lda, b + j, ldb, c + j, ldc, least(V::width, N - j), before);
+        multiply_columns<V, 1>(M, K, a, b + j, ldb, c + j, ldc, least(V::width, N - j), before, next + j);
 }
 
-// Asks for a row ahead of its use; strided rows are nothing the hardware foresees.
-inline void prefetch(const void* row, int64_t bytes) {
+// Many rows want b packed in panels, each the rows of PANEL columns in one piece (zeros where b has no more columns):
+// rows a power of two apart would evict each other from L1.
+template <class V>
+constexpr int64_t PANEL = V::panel * V::width;
+
+template <class V>
+inline int64_t panel_count(int64_t columns) {
+    return (columns + PANEL<V> - 1) / PANEL<V>;
+}
+
+// Rows of up to PANEL columns into a panel.
+template <class V, class B>
+inline void pack(int64_t rows, int64_t columns, const B* b, int64_t ldb, float* panel) {
+    for (int64_t k = 0; k < rows; ++k, b += ldb, panel += PANEL<V>)
+        for (int64_t j = 0; j < PANEL<V>; j += V::width)
+            V::store(panel + j, j < columns ? V::load(b + j, columns - j) : V::set(0.0f));
+}
+
+template <class V>
+inline void unpack(int64_t rows, int64_t columns, const float* panel, float* b, int64_t ldb) {
+    for (int64_t k = 0; k < rows; ++k, b += ldb, panel += PANEL<V>)
+        for (int64_t j = 0; j < least(columns, PANEL<V>); j += V::width)
+            V::store(b + j, V::load(panel + j), columns - j);
+}
+
+// c [M, PANEL] (+)= a [M, K] panel [K, PANEL], of which `columns` are wanted: c has room for all of them.
+template <class V, class A>
+inline void multiply_panel(int64_t M, int64_t columns, int64_t K, A a, const float* panel, float* c, int64_t ldc,
+                           Before before) {
+    if (columns > V::width)
+        multiply_columns<V, V::panel>(M, K, a, panel, PANEL<V>, c, ldc, PANEL<V>, before);
+    else
+        multiply_columns<V, 1>(M, K, a, panel, PANEL<V>, c, ldc, V::width, before);
+}
+
+// Asks for a row ahead of its use; strided rows are nothing the hardware foresees. A macro's worth of code: GCC takes a
+// function that only prefetches for one without effect, and drops the call.
+__attribute__((always_inline)) inline void prefetch(const void* row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)row + i, 0, 2);
+}
+
+template <class V>
+inline float dot(const float* x, const float* y, int64_t n) {
+    auto sum = V::set(0.0f);
+    for_vectors<V>(n, [&](int64_t i, int64_t count) { sum = V::fma(V::load(x + i, count), V::load(y + i, count), sum); });
+    return V::sum(sum);
+}
+
+// Whether all other parts of this call have finished: what is left then (joining their results, writing what they read)
+// falls to this one. No part ever waits, so parts may run in any order and on fewer threads than there are parts.
+inline bool last_to_arrive(int32_t* arrived, int nth) {
+    if (nth == 1) return true;
+    if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) < nth) return false;
+    __atomic_store_n(arrived, 0, __ATOMIC_RELAXED);     // ready for the next call
+    return true;
 }
 
 template <class V>

@@ -31,12 +31,25 @@ struct Neon {
         store(room, x);
         for (int64_t i = 0; i < n; ++i) p[i] = room[i];
     }
-    static reg load_int8(const int8_t* p, int64_t n) {
+    static reg load(const half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p))); }
+    static reg load(const half* p, int64_t n) {
+        if (n >= width) return load(p);
+        half room[4] = {};
+        for (int64_t i = 0; i < n; ++i) room[i] = p[i];
+        return load(room);
+    }
+    static void store(half* p, reg x, int64_t n) {
+        half room[4];
+        vst1_u16((uint16_t*)room, vreinterpret_u16_f16(vcvt_f16_f32(x)));
+        for (int64_t i = 0; i < least(n, width); ++i) p[i] = room[i];
+    }
+    static reg load(const int8_t* p) { return load(p, width); }
+    static reg load(const int8_t* p, int64_t n) {
         int8_t room[8] = {};
         for (int64_t i = 0; i < least(n, width); ++i) room[i] = p[i];
         return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(room)))));
     }
-    static void store_int8(int8_t* p, reg x, int64_t n) {
+    static void store(int8_t* p, reg x, int64_t n) {
         int32_t room[4];
         vst1q_s32(room, vcvtq_s32_f32(x));
         for (int64_t i = 0; i < least(n, width); ++i) p[i] = int8_t(room[i]);

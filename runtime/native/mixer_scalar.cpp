@@ -5,6 +5,25 @@
 namespace sbedge {
 namespace {
 
+float to_float(half x) {
+    const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+    const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
+                       : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                       : std::ldexp(float(fraction + 1024), exponent - 25);
+    return x.bits >> 15 ? -size : size;
+}
+
+// To the nearest, halves to even, as the processors do it.
+half to_half(float x) {
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const float size = std::fabs(x);
+    if (std::isnan(x)) return {uint16_t(sign | 0x7E00)};
+    if (size >= 65520) return {uint16_t(sign | 0x7C00)};
+    if (size < 0x1p-14f) return {uint16_t(sign | int(std::nearbyint(std::ldexp(size, 24))))};
+    const int exponent = std::ilogb(size);      // a fraction that is rounded up to 2048 carries into the exponent
+    return {uint16_t(sign | ((exponent + 14) * 1024 + int(std::nearbyint(std::ldexp(size, 10 - exponent)))))};
+}
+
 struct Scalar {
     using reg = float;
     static constexpr int width = 1;
@@ -15,8 +34,10 @@ struct Scalar {
     static reg load(const float* p, int64_t) { return *p; }
     static void store(float* p, reg x) { *p = x; }
     static void store(float* p, reg x, int64_t) { *p = x; }
-    static reg load_int8(const int8_t* p, int64_t) { return float(*p); }
-    static void store_int8(int8_t* p, reg x, int64_t) { *p = int8_t(x); }
+    static reg load(const half* p, int64_t = 1) { return to_float(*p); }
+    static void store(half* p, reg x, int64_t) { *p = to_half(x); }
+    static reg load(const int8_t* p, int64_t = 1) { return float(*p); }
+    static void store(int8_t* p, reg x, int64_t) { *p = int8_t(x); }
     static reg add(reg a, reg b) { return a + b; }
     static reg sub(reg a, reg b) { return a - b; }
     static reg mul(reg a, reg b) { return a * b; }

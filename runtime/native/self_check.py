@@ -28,7 +28,8 @@ def failing_kernel(library: NativeLibrary) -> str | None:
 def _results(library: NativeLibrary) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {"spike_encode": _encode(library, rng), "spike_matmul_w8": _matmul(library, rng, 8),
-            "spike_matmul_w4": _matmul(library, rng, 4), "gla": _gla(library, rng), "window": _window(library, rng)}
+            "spike_matmul_w4": _matmul(library, rng, 4), "dense_matmul": _dense(library, rng),
+            "gla": _gla(library, rng), "window": _window(library, rng)}
 
 
 def _floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -46,15 +47,33 @@ def _matmul(library: NativeLibrary, rng: np.random.Generator, bits: int) -> np.n
     width, out, n = 256, 192, 5
     codes = rng.integers(-128, 128, (width, out if bits == 8 else out // 2), np.int8)
     scales, thresholds = np.abs(_floats(rng, width // 128, out)), np.abs(_floats(rng, n))
+    scales = scales.astype(np.float32 if bits == 8 else np.float16)
     counts = (rng.integers(-3, 4, (n, width)) * (rng.random((n, width)) < 0.5)).astype(np.int32)
     counts[0, 7] = 3573     # real counts reach this
-    weight: c.Structure = (W8(width, out, codes.ctypes.data, scales.ctypes.data) if bits == 8 else
-                           W4(width, out, 128, codes.ctypes.data, scales.ctypes.data))
+    weight: c.Structure = (W8(width, out, 64, codes.ctypes.data, scales.ctypes.data) if bits == 8 else
+                           W4(width, out, 64, 128, codes.ctypes.data, scales.ctypes.data))
     matmul = library.spike_matmul_w8 if bits == 8 else library.spike_matmul_w4
     y = np.empty((n + 1, out), np.float32)
     matmul(c.addressof(weight), counts.ctypes.data, thresholds.ctypes.data, n, y.ctypes.data, out, 0, 1)
     matmul(c.addressof(weight), counts.ctypes.data, thresholds.ctypes.data, 1, y[n:].ctypes.data, out, 0, 1)
     return y / np.abs(y).max()
+
+
+def _dense(library: NativeLibrary, rng: np.random.Generator) -> np.ndarray:
+    from .library import Dense
+    width, out, n, rows = 96, 70, 5, []
+    x, codes = _floats(rng, n, width), np.empty((n, width), np.int8)
+    scales, sums = np.empty((n, width // 32), np.float32), np.empty((n, width // 32), np.int32)
+    library.block_encode(x.ctypes.data, n, width, codes.ctypes.data, scales.ctypes.data, sums.ctypes.data, 0, 1)
+    for bits, nbytes in ((8, 34), (4, 18)):
+        blocks = rng.integers(0, 256, (out, width // 32, nbytes), np.uint8)
+        blocks[..., :2] = np.abs(_floats(rng, out, width // 32, 1)).astype(np.float16).view(np.uint8)
+        weight, y = Dense(width, out, bits, blocks.ctypes.data), np.empty((n + 1, out), np.float32)
+        for count, target in ((n, y), (1, y[n:])):
+            library.dense_matmul(c.addressof(weight), codes.ctypes.data, scales.ctypes.data, sums.ctypes.data, count,
+                                 target.ctypes.data, out, 0, 1)
+        rows.append(y / np.abs(y).max())
+    return np.concatenate(rows)
 
 
 def _gla(library: NativeLibrary, rng: np.random.Generator) -> np.ndarray:

@@ -6,13 +6,13 @@
 #include "spike_avx2.h"
 
 namespace sbedge {
-const SpikeKernels* const spike_avx2 = &spike_table<Dot<Avx2>>;
+const LinearKernels* const spike_avx2 = &linear_table<Dot<Avx2>>;
 }
 
 #else
 
 namespace sbedge {
-const SpikeKernels* const spike_avx2 = nullptr;
+const LinearKernels* const spike_avx2 = nullptr;
 }
 
 #endif

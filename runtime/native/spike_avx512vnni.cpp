@@ -12,9 +12,14 @@
 namespace sbedge {
 namespace {
 
+struct Vnni256 : Avx2 {
+    static V dot(V sums, V codes, V counts) { return _mm256_dpbusd_epi32(sums, codes, counts); }
+};
+
 struct Avx512 {
     using V = __m512i;
-    using Narrow = Avx2;
+    using Narrow = Vnni256;
+    using Quad = Sse;
     static constexpr int LIMIT = 127, OFFSET = 128, TOKENS = 4, BYTES = 64;
 
     static V load(const void* p) { return _mm512_loadu_si512(p); }
@@ -25,9 +30,17 @@ struct Avx512 {
         std::memcpy(&value, four, 4);
         return _mm512_set1_epi32(value);
     }
-    static V code(V v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
+    static float widen(uint16_t half) { return _cvtsh_ss(half); }
+    static void widen(const uint16_t* halves, float* floats) {
+        for (int i = 0; i < TILE; i += 16) _mm512_storeu_ps(floats + i, _mm512_cvtph_ps(Narrow::load(halves + i)));
+    }
+    static V code(V v, uint8_t flip) {   // int8 code + 128
+        return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(flip ^ 0x80)));
+    }
     static V low(V v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
     static V high(V v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+    static V raised(V v) { return _mm512_and_si512(v, _mm512_set1_epi8(-16)); }
+    static V lowered(V sums) { return _mm512_srai_epi32(sums, 4); }
 
     static void interleave(V* r) {
         const V a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
@@ -42,18 +55,19 @@ struct Avx512 {
         v[2] = _mm512_shuffle_i32x4(c, d, 0x88), v[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
     }
     static V dot(V sums, V codes, V counts) { return _mm512_dpbusd_epi32(sums, codes, counts); }
+    static V whole_dot(V sums, V codes, V counts) { return dot(sums, codes, counts); }
 };
 
 }  // namespace
 
-const SpikeKernels* const spike_avx512vnni = &spike_table<Dot<Avx512>>;
+const LinearKernels* const spike_avx512vnni = &linear_table<Dot<Avx512>>;
 
 }  // namespace sbedge
 
 #else
 
 namespace sbedge {
-const SpikeKernels* const spike_avx512vnni = nullptr;
+const LinearKernels* const spike_avx512vnni = nullptr;
 }
 
 #endif

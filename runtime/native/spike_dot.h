@@ -1,14 +1,17 @@
-// A spike_impl.h Backend out of any instruction set with a 4-way byte dot product. Four live rows are interleaved to
+// A Backend for spike_impl.h and dense.h out of any instruction set with a 4-way byte dot product. Four live rows are interleaved to
 // [output][4 rows], so that one instruction adds four rows into the int32 sums of a vector of outputs. Isa gives
 //   V, BYTES               a vector and its size; Narrow: the same with BYTES <= 32
 //   LIMIT, OFFSET, TOKENS  as in Backend
-//   load, store, broadcast (four counts), zero, low and high (nibbles of bytes), code (int8 -> what dot takes)
+//   load, store, broadcast (four counts), zero, low and high (nibbles of bytes), code (stored byte -> what dot takes)
+//   raised, lowered        high nibbles times a power of two that costs less to get, and sums of these as they should be
 //   interleave(r)          4 rows -> 4 vectors; within each 128-bit lane l, vector k holds bytes 16 l + 4 k + 0..3
 //   lanes(v)               4 such vectors (or their int32 sums) -> outputs in their natural order
-//   dot(sums, codes, counts)
+//   dot(sums, codes, counts), and whole_dot for counts beyond LIMIT
+//   block8, block4(block, x, offset)    a block of 32 codes times x as int32 lanes that sum up to it (Lanes)
+//   transpose(rows)                     4 rows of 4 dwords
 #pragma once
 
-#include "spike_impl.h"
+#include "dense.h"
 
 namespace sbedge {
 namespace {
@@ -18,9 +21,16 @@ struct Dot {
     using V = typename Isa::V;
     static constexpr int LIMIT = Isa::LIMIT, OFFSET = Isa::OFFSET, TOKENS = Isa::TOKENS;
     static constexpr int BYTES = Isa::BYTES, QUARTER = BYTES / 4;
+    using Quad = typename Isa::Quad;
+    template <int BITS>
+    using Row = typename Isa::Narrow::template Row<typename Isa::Narrow, BITS>;
+
+    static float widen(uint16_t half) { return Isa::widen(half); }
+    static void widen(const uint16_t* halves, float* floats) { Isa::widen(halves, floats); }
     static constexpr int ROWS = 8;  // that decode adds at once [16: fewer passes over the sums, but no faster]
 
-    // To the second-level cache: prefetching to the first one waits for its few miss buffers [0.6 of the speed].
+    // To the second-level cache: the few miss buffers of the first one do not wait for memory then [Zen 4: 1.6 times
+    // faster than prefetching to the first level; Zen 5: 0.97].
     static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
     // --- decode ---
@@ -30,15 +40,16 @@ struct Dot {
     static void rows(const Layer& layer, const Live& live, const Live& upcoming, Range outputs, int32_t* sums) {
         const int64_t bytes = Layer::bytes(outputs.end - outputs.begin);
         const int64_t padded = (bytes + BYTES - 1) / BYTES * BYTES;
-        std::memset(sums, 0, padded * (outputs.end - outputs.begin) / bytes * sizeof(int32_t));
         const uint8_t* row[GROUP + 2 * ROWS];
         int8_t counts[GROUP];
         const int count = list(layer, live, upcoming, outputs.begin, row, counts);
-        for (int j = 0; j < count; j += ROWS) {
-            // Scales come from a row of their own: each lot of rows prefetches a cache line in four of them.
-            const float* scales = layer.scales(live.first, outputs.begin) + j / ROWS % 4 * 16;
-            if (j + 4 < count) add<2>(layer, row + j, counts + j, bytes, scales, sums);
-            else add<1>(layer, row + j, counts + j, bytes, scales, sums);
+        layer.expect_scales(live.first, outputs, [](const void* line) { prefetch(line); });
+        if (count > 4) add<2, true>(layer, row, counts, bytes, sums);
+        else if (count) add<1, true>(layer, row, counts, bytes, sums);
+        else std::memset(sums, 0, padded * (outputs.end - outputs.begin) / bytes * sizeof(int32_t));
+        for (int j = ROWS; j < count; j += ROWS) {
+            if (j + 4 < count) add<2, false>(layer, row + j, counts + j, bytes, sums);
+            else add<1, false>(layer, row + j, counts + j, bytes, sums);
         }
         for (int64_t b = 0; b < padded; b += BYTES) untangle(layer, b, sums);
     }
@@ -49,32 +60,43 @@ struct Dot {
     static int list(const Layer& layer, const Live& live, const Live& upcoming, int64_t output, const uint8_t** row,
                     int8_t* counts) {
         if (!live.live) return 0;
+        const Rows rows = layer.rows(output);
         int count = 0;
         for (; count < live.live; ++count) {
-            row[count] = layer.row(live.first + live.row[count], output);
+            row[count] = rows[live.first + live.row[count]];
             counts[count] = static_cast<int8_t>(live.count[count]);
         }
         for (; count % 4; ++count) row[count] = row[0], counts[count] = 0;
         for (int j = 0; j < 2 * ROWS; ++j)
-            row[count + j] = j < upcoming.live ? layer.row(upcoming.first + upcoming.row[j], output) : row[0];
+            row[count + j] = j < upcoming.live ? rows[upcoming.first + upcoming.row[j]] : row[0];
         return count;
     }
 
-    // row: 4 * QUADS to add, and ROWS further the same number to prefetch
-    template <int QUADS, class Layer>
+    // Prefetches rows in the order in which they lie in memory, a piece at a time.
+    struct Ahead {
+        static constexpr int64_t LINE = 64, PIECE = ROWS * LINE;
+        const uint8_t* const* row;
+        int64_t bytes, b = 0;
+
+        void some() {
+            for (int64_t i = 0; i < PIECE; i += LINE) prefetch(*row + b + i);
+            b += PIECE;
+            if (b >= bytes) b = 0, ++row;
+        }
+    };
+
+    // row: 4 * QUADS to add to the sums, the FIRST ones to nothing, and 2 * ROWS further the same number to prefetch
+    template <int QUADS, bool FIRST, class Layer>
     static void add(const Layer& layer, const uint8_t* const* row, const int8_t* counts, int64_t bytes,
-                    const float* scales, int32_t* sums) {
-        constexpr int64_t OUTPUTS = BYTES * BYTES / Layer::bytes(BYTES);
+                    int32_t* sums) {
         V s[QUADS], r[QUADS][4];
         for (int q = 0; q < QUADS; ++q) s[q] = Isa::broadcast(counts + 4 * q);
+        Ahead ahead{row + 2 * ROWS, bytes};
         int64_t b = 0;
-        for (; b + BYTES <= bytes; b += BYTES, scales += OUTPUTS) {
-            for (int64_t o = 0; o < OUTPUTS; o += 64) prefetch(scales + o);
-            for (int j = 0; j < 4 * QUADS; ++j) {
-                if (BYTES == 64 || b % 64 == 0) prefetch(row[j + ROWS] + b);
-                r[j / 4][j % 4] = Isa::load(row[j] + b);
-            }
-            step<QUADS>(layer, r, s, b, sums);
+        for (; b + BYTES <= bytes; b += BYTES) {
+            if (BYTES == 64 || b % 64 == 0) ahead.some();
+            for (int j = 0; j < 4 * QUADS; ++j) r[j / 4][j % 4] = Isa::load(row[j] + b);
+            step<QUADS, FIRST>(layer, r, s, b, sums);
         }
         if (b == bytes) return;
         uint8_t tail[BYTES] = {};
@@ -82,16 +104,16 @@ struct Dot {
             std::memcpy(tail, row[j] + b, bytes - b);
             r[j / 4][j % 4] = Isa::load(tail);
         }
-        step<QUADS>(layer, r, s, b, sums);
+        step<QUADS, FIRST>(layer, r, s, b, sums);
     }
 
     // BYTES outputs, whose sums are left as `interleave` orders them.
-    template <int QUADS>
-    static void step(const Int8Layer&, V (*r)[4], const V* counts, int64_t b, int32_t* sums) {
+    template <int QUADS, bool FIRST>
+    static void step(const Int8Layer& layer, V (*r)[4], const V* counts, int64_t b, int32_t* sums) {
         V s[4];
-        for (int k = 0; k < 4; ++k) s[k] = Isa::load(sums + b + k * QUARTER);
+        for (int k = 0; k < 4; ++k) s[k] = FIRST ? Isa::zero() : Isa::load(sums + b + k * QUARTER);
         for (int q = 0; q < QUADS; ++q) {
-            for (int k = 0; k < 4; ++k) r[q][k] = Isa::code(r[q][k]);
+            for (int k = 0; k < 4; ++k) r[q][k] = Isa::code(r[q][k], layer.flip);
             Isa::interleave(r[q]);
             for (int k = 0; k < 4; ++k) s[k] = Isa::dot(s[k], r[q][k], counts[q]);
         }
@@ -108,15 +130,16 @@ struct Dot {
     // The output whose nibble is the low half of byte b of a row; the high half's is 32 further.
     static int64_t low_output(int64_t b) { return b / 32 * 64 + b % 32; }
 
-    template <int QUADS>
+    // The sums of high halves stay raised until they are untangled.
+    template <int QUADS, bool FIRST>
     static void step(const Int4Layer&, V (*r)[4], const V* counts, int64_t b, int32_t* sums) {
         for (int q = 0; q < QUADS; ++q) Isa::interleave(r[q]);
         for (int k = 0; k < 4; ++k) {
             int32_t* low = sums + low_output(b + k * QUARTER);
-            V l = Isa::load(low), h = Isa::load(low + 32);
+            V l = FIRST ? Isa::zero() : Isa::load(low), h = FIRST ? Isa::zero() : Isa::load(low + 32);
             for (int q = 0; q < QUADS; ++q) {
                 l = Isa::dot(l, Isa::low(r[q][k]), counts[q]);
-                h = Isa::dot(h, Isa::high(r[q][k]), counts[q]);
+                h = Isa::dot(h, Isa::raised(r[q][k]), counts[q]);
             }
             Isa::store(low, l);
             Isa::store(low + 32, h);
@@ -126,7 +149,10 @@ struct Dot {
     static void untangle(const Int4Layer&, int64_t b, int32_t* sums) {
         for (int half = 0; half < 64; half += 32) {
             V s[4];
-            for (int k = 0; k < 4; ++k) s[k] = Isa::load(sums + half + low_output(b + k * QUARTER));
+            for (int k = 0; k < 4; ++k) {
+                s[k] = Isa::load(sums + half + low_output(b + k * QUARTER));
+                if (half) s[k] = Isa::lowered(s[k]);
+            }
             Isa::lanes(s);
             for (int k = 0; k < 4; ++k) Isa::store(sums + half + low_output(b + k * QUARTER), s[k]);
         }
@@ -138,10 +164,11 @@ struct Dot {
     static void pack(const Layer& layer, int64_t first, const int32_t* row, int live, Range outputs, uint8_t* tile) {
         const int64_t bytes = Layer::bytes(outputs.end - outputs.begin), whole = Layer::bytes(TILE);
         alignas(64) uint8_t tail[4][TILE] = {};
+        const Rows all = layer.rows(outputs.begin);
         for (int j = 0; j < live; j += 4, tile += 4 * TILE) {
             const uint8_t* rows[4];
             for (int r = 0; r < 4; ++r) {
-                rows[r] = layer.row(first + row[j + r < live ? j + r : j], outputs.begin);
+                rows[r] = all[first + row[j + r < live ? j + r : j]];
                 prefetch(rows[r] + 2 * whole);
                 if (bytes == whole) continue;
                 std::memcpy(tail[r], rows[r], bytes);
@@ -151,10 +178,10 @@ struct Dot {
         }
     }
 
-    static void pack_quad(const Int8Layer&, const uint8_t* const* rows, uint8_t* tile) {
+    static void pack_quad(const Int8Layer& layer, const uint8_t* const* rows, uint8_t* tile) {
         for (int b = 0; b < TILE; b += BYTES) {
             V r[4];
-            for (int k = 0; k < 4; ++k) r[k] = Isa::code(Isa::load(rows[k] + b));
+            for (int k = 0; k < 4; ++k) r[k] = Isa::code(Isa::load(rows[k] + b), layer.flip);
             Isa::interleave(r);
             Isa::lanes(r);
             for (int k = 0; k < 4; ++k) Isa::store(tile + 4 * b + k * BYTES, r[k]);
@@ -176,7 +203,20 @@ struct Dot {
         }
     }
 
-    static void product(const uint8_t* tile, int quads, const int8_t* counts, int32_t* sums) {
+    // counts of TOKENS tokens, `stride` apart; |count| <= LIMIT
+    static void product(const uint8_t* tile, int quads, const int8_t* counts, int64_t stride, int32_t* sums) {
+        product_by(tile, quads, counts, stride, sums, [](V s, V codes, V four) { return Isa::dot(s, codes, four); });
+    }
+
+    // The same for counts of any int8 value.
+    static void whole_product(const uint8_t* tile, int quads, const int8_t* counts, int64_t stride, int32_t* sums) {
+        product_by(tile, quads, counts, stride, sums,
+                   [](V s, V codes, V four) { return Isa::whole_dot(s, codes, four); });
+    }
+
+    template <class Add>
+    static void product_by(const uint8_t* tile, int quads, const int8_t* counts, int64_t stride, int32_t* sums,
+                           Add add) {
         for (int b = 0; b < TILE; b += BYTES) {
             V s[TOKENS][4];
             for (int m = 0; m < TOKENS; ++m)
@@ -185,8 +225,8 @@ struct Dot {
                 V codes[4];
                 for (int k = 0; k < 4; ++k) codes[k] = Isa::load(tile + 4 * (q * TILE + b) + k * BYTES);
                 for (int m = 0; m < TOKENS; ++m) {
-                    const V four = Isa::broadcast(counts + m * GROUP + 4 * q);
-                    for (int k = 0; k < 4; ++k) s[m][k] = Isa::dot(s[m][k], codes[k], four);
+                    const V four = Isa::broadcast(counts + m * stride + 4 * q);
+                    for (int k = 0; k < 4; ++k) s[m][k] = add(s[m][k], codes[k], four);
                 }
             }
             for (int m = 0; m < TOKENS; ++m)

@@ -1,10 +1,11 @@
 // Spike coding and event-driven matmul, shared by every instruction set. A Backend gives the inner loops:
 //   LIMIT     the largest |count| its fast path takes; larger ones are added one row at a time, in int32
 //   OFFSET    what it adds to an int8 code (128 where the dot product wants unsigned bytes), taken off again at scaling
+//   widen     64 float16 -> float32
 //   TOKENS    tokens its tile product takes at once
 //   rows(layer, live, upcoming, outputs, sums)                decode: sums[o] = sum of count * code over live rows
 //   pack(layer, first, rows, live, outputs, tile)             prefill: a tile [live / 4][64 outputs][4 rows] of codes
-//   product(tile, quads, counts, sums)                        prefill: sums [TOKENS][64] of a tile
+//   product(tile, quads, counts, stride, sums)                prefill: sums [TOKENS][64] of a tile
 // Everything lives in an unnamed namespace: each file that includes this compiles its own copy, for its own
 // instruction set, and the linker must not merge them.
 #pragma once
@@ -102,20 +103,51 @@ inline void scale_sums(int64_t width, const int32_t* __restrict sums, const floa
         for (int64_t o = 0; o < width; ++o) scale(o);
 }
 
-struct Int8Layer {
+// Where one output of each row lies: row i is `stride` bytes after row i - 1.
+struct Rows {
+    const uint8_t* first;
+    int64_t stride;
+    const uint8_t* operator[](int64_t i) const { return first + i * stride; }
+};
+
+// What both layouts share: stripes of outputs (see sbedge.h).
+struct Striped {
+    int64_t in, out, stripe;
+    Striped(int64_t in, int64_t out, int64_t stripe) : in(in), out(out), stripe(stripe > 0 ? stripe : out) {}
+
+    // The outputs from `begin` on that lie in one stripe, `most` at the most.
+    Range piece(int64_t begin, int64_t end, int64_t most) const {
+        const int64_t edge = begin / stripe * stripe + stripe;
+        end = end < edge ? end : edge;
+        return {begin, end < begin + most ? end : begin + most};
+    }
+    // Row 0 at `output`, and how far it is to the next row: both in outputs.
+    Range place(int64_t output) const {
+        const int64_t start = output / stripe * stripe, width = stripe < out - start ? stripe : out - start;
+        return {start * in + (output - start), width};
+    }
+};
+
+struct Int8Layer : Striped {
     const sbedge_w8& w;
-    int64_t in, out, group;
-    explicit Int8Layer(const sbedge_w8& w) : w(w), in(w.in), out(w.out), group(GROUP) {}
+    static constexpr int64_t group = GROUP;
+    const uint8_t flip;     // what a stored byte is xor-ed with to be an int8 code
+    explicit Int8Layer(const sbedge_w8& w)
+        : Striped(w.in, w.out, w.stripe), w(w), flip(w.unsigned_codes ? 0x80 : 0) {}
 
     static constexpr int64_t bytes(int64_t outputs) { return outputs; }
-    const float* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
-    const uint8_t* row(int64_t i, int64_t output) const {
-        return reinterpret_cast<const uint8_t*>(w.codes) + i * out + output;
+    // Tells `prefetch` the cache lines of the scales of input i's group, which come from a row of their own.
+    template <class Prefetch>
+    void expect_scales(int64_t i, Range outputs, Prefetch prefetch) const {
+        for (int64_t o = outputs.begin; o < outputs.end; o += 16) prefetch(w.scales + i / group * out + o);
+    }
+    Rows rows(int64_t output) const {
+        const auto [first, stride] = place(output);
+        return {reinterpret_cast<const uint8_t*>(w.codes) + first, stride};
     }
     // One row of any count, exactly.
-    void add_row(int64_t i, int32_t count, Range outputs, int offset, int32_t* sums) const {
-        const int8_t* codes = w.codes + i * out;
-        for (int64_t o = outputs.begin; o < outputs.end; ++o) add(sums[o - outputs.begin], count, codes[o] + offset);
+    void add_row(const uint8_t* row, int32_t count, int64_t width, int offset, int32_t* sums) const {
+        for (int64_t o = 0; o < width; ++o) add(sums[o], count, static_cast<int8_t>(row[o] ^ flip) + offset);
     }
     bool has_residual() const { return w.residual_start; }
     // The entries of row i among these outputs.
@@ -134,40 +166,69 @@ struct Int8Layer {
         for (int64_t e = entries.begin; e < entries.end; ++e)
             add(sums[w.residual_output[e] - first_output], count, w.residual_value[e]);
     }
-    void scale(int64_t g, int32_t counts, Range outputs, int offset, const int32_t* sums, float* y) const {
-        const uint32_t extra = static_cast<uint32_t>(counts) * static_cast<uint32_t>(offset);
-        scale_sums(outputs.end - outputs.begin, sums, w.scales + g * out + outputs.begin, y,
-                   [=](int64_t) { return extra; });
+    // Scales of one group for these outputs; `room` [TILE] is for a tile of scales that must be converted.
+    template <class Backend>
+    const float* tile_scales(int64_t g, Range outputs, float*) const {
+        return w.scales + g * out + outputs.begin;
+    }
+    template <class Backend>
+    void scale(int64_t, int32_t counts, Range outputs, const int32_t* sums, const float* scales, float* y) const {
+        const uint32_t extra = static_cast<uint32_t>(counts) * static_cast<uint32_t>(Backend::OFFSET);
+        scale_sums(outputs.end - outputs.begin, sums, scales, y, [=](int64_t) { return extra; });
+    }
+    template <class Backend>
+    void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, float* y) const {
+        scale<Backend>(g, counts, outputs, sums, tile_scales<Backend>(g, outputs, nullptr), y);
     }
 };
 
-struct Int4Layer {
+struct Int4Layer : Striped {
     const sbedge_w4& w;
-    int64_t in, out, group;
-    explicit Int4Layer(const sbedge_w4& w) : w(w), in(w.in), out(w.out), group(w.group) {}
+    int64_t group;
+    explicit Int4Layer(const sbedge_w4& w) : Striped(w.in, w.out, w.stripe), w(w), group(w.group) {}
 
     static constexpr int64_t bytes(int64_t outputs) { return outputs / 2; }
-    const float* scales(int64_t i, int64_t output) const { return w.scales + i / group * out + output; }
-    const uint8_t* row(int64_t i, int64_t output) const { return w.nibbles + (i * out + output) / 2; }
-    void add_row(int64_t i, int32_t count, Range outputs, int, int32_t* sums) const {
-        for (int64_t o = outputs.begin; o < outputs.end; o += 64, sums += 64) {
-            const uint8_t* block = row(i, o);
+    template <class Prefetch>
+    void expect_scales(int64_t i, Range outputs, Prefetch prefetch) const {
+        const int64_t start = i / group * out;
+        for (int64_t o = outputs.begin; o < outputs.end; o += 32) prefetch(w.scales + start + o);
+        for (int64_t o = outputs.begin; w.zeros && o < outputs.end; o += 64) prefetch(w.zeros + start + o);
+    }
+    Rows rows(int64_t output) const {
+        const auto [first, stride] = place(output);
+        return {w.nibbles + first / 2, stride / 2};
+    }
+    static void add_row(const uint8_t* row, int32_t count, int64_t width, int, int32_t* sums) {
+        for (int64_t o = 0; o < width; o += 64, sums += 64, row += 32) {
             for (int b = 0; b < 32; ++b) {
-                add(sums[b], count, block[b] & 15);
-                add(sums[b + 32], count, block[b] >> 4);
+                add(sums[b], count, row[b] & 15);
+                add(sums[b + 32], count, row[b] >> 4);
             }
         }
     }
     bool has_residual() const { return false; }
     Range residual(int64_t, Range) const { return {0, 0}; }
     void add_residual(Range, int32_t, int64_t, int32_t*) const {}
-    void scale(int64_t g, int32_t counts, Range outputs, int, const int32_t* sums, float* y) const {
-        const int64_t start = g * out + outputs.begin, width = outputs.end - outputs.begin;
+    template <class Backend>
+    const float* tile_scales(int64_t g, Range outputs, float* room) const {
+        Backend::widen(w.scales + g * out + outputs.begin, room);
+        return room;
+    }
+    template <class Backend>
+    void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, const float* scales, float* y) const {
         const uint32_t total = static_cast<uint32_t>(counts);
-        if (const uint8_t* zeros = w.zeros ? w.zeros + start : nullptr)
-            scale_sums(width, sums, w.scales + start, y, [=](int64_t o) { return total * zeros[o]; });
+        if (const uint8_t* zeros = w.zeros ? w.zeros + g * out + outputs.begin : nullptr)
+            scale_sums(TILE, sums, scales, y, [=](int64_t o) { return total * zeros[o]; });
         else
-            scale_sums(width, sums, w.scales + start, y, [=](int64_t) { return total * 8; });
+            scale_sums(TILE, sums, scales, y, [=](int64_t) { return total * 8; });
+    }
+    template <class Backend>
+    void scale(int64_t g, int32_t counts, Range outputs, const int32_t* sums, float* y) const {
+        alignas(64) float room[TILE];
+        for (int64_t begin = outputs.begin; begin < outputs.end; begin += TILE, sums += TILE, y += TILE) {
+            const Range tile{begin, begin + TILE};
+            scale<Backend>(g, counts, tile, sums, tile_scales<Backend>(g, tile, room), y);
+        }
     }
 };
 
@@ -217,8 +278,10 @@ struct Live {
 // Rows that the fast path leaves out, and residuals.
 template <class Backend, class Layer>
 void add_exactly(const Layer& layer, const Live& live, Range outputs, int32_t* sums) {
+    const Rows rows = layer.rows(outputs.begin);
     for (int j = 0; j < live.large; ++j)
-        layer.add_row(live.first + live.large_row[j], live.large_count[j], outputs, Backend::OFFSET, sums);
+        layer.add_row(rows[live.first + live.large_row[j]], live.large_count[j], outputs.end - outputs.begin,
+                      Backend::OFFSET, sums);
     if (!layer.has_residual()) return;
     for (int j = 0; j < live.live; ++j)
         layer.add_residual(layer.residual(live.first + live.row[j], outputs), live.count[j], outputs.begin, sums);
@@ -232,9 +295,9 @@ int64_t decode(const Layer& layer, const int32_t* counts, float threshold, const
     alignas(64) int32_t sums[DECODE_TILE];
     Live buffers[2];  // this group and the next, whose first rows are prefetched while this one ends
     int64_t fetched = 0;
-    for (int64_t begin = range.begin; begin < range.end; begin += DECODE_TILE) {
-        const Range outputs{begin, begin + DECODE_TILE < range.end ? begin + DECODE_TILE : range.end};
-        const int64_t width = outputs.end - outputs.begin;
+    for (Range outputs{range.begin, range.begin}; outputs.end < range.end;) {
+        outputs = layer.piece(outputs.end, range.end, DECODE_TILE);
+        const int64_t begin = outputs.begin, width = outputs.end - begin;
         std::memset(y + begin, 0, width * sizeof(float));
         buffers[0].collect(counts, 0, layer.in, layer.group, Backend::LIMIT);
         for (int64_t g = 0; g * layer.group < layer.in; ++g) {
@@ -245,7 +308,7 @@ int64_t decode(const Layer& layer, const int32_t* counts, float threshold, const
             fetched += (live.live + live.large) * Layer::bytes(width);
             Backend::rows(layer, live, upcoming, outputs, sums);
             add_exactly<Backend>(layer, live, outputs, sums);
-            layer.scale(g, live.sum, outputs, Backend::OFFSET, sums, y + begin);
+            layer.template scale<Backend>(g, live.sum, outputs, sums, y + begin);
         }
         finish(outputs, threshold, bias, y);
     }
@@ -300,6 +363,8 @@ struct TileProduct {
     const Layer& layer;
     const int32_t* counts;  // of the block's first token [tokens, in]
     alignas(64) uint8_t tile[GROUP * TILE];
+    alignas(64) float room[TILE];
+    const float* scales = nullptr;
     Range residual[GROUP];
     int32_t residual_row[GROUP];
     int residual_rows = 0;
@@ -308,6 +373,7 @@ struct TileProduct {
     TileProduct(const Layer& layer, const int32_t* counts) : layer(layer), counts(counts) {}
 
     void load(int64_t first, Range outputs) {
+        scales = layer.template tile_scales<Backend>(first / layer.group, outputs, room);
         Backend::pack(layer, first, block.row, block.live, outputs, tile);
         residual_rows = 0;
         if (!layer.has_residual()) return;
@@ -325,22 +391,25 @@ struct TileProduct {
         // Rows of y often lie a power of two apart and evict each other: fetch those of the next tokens just in time.
         for (int64_t next = t + Backend::TOKENS; next < t + 2 * Backend::TOKENS && next < tokens; ++next)
             for (int64_t o = outputs.begin; o < outputs.end; o += 16) __builtin_prefetch(y + next * y_stride + o, 1);
-        Backend::product(tile, (block.live + 3) / 4, block.count[t], sums[0]);
+        Backend::product(tile, (block.live + 3) / 4, block.count[t], GROUP, sums[0]);
         for (int m = 0; m < Backend::TOKENS && t + m < tokens; ++m) {
             if (!block.any[t + m]) continue;
             add_exactly(t + m, g * layer.group, outputs, sums[m]);
-            layer.scale(g, block.sum[t + m], outputs, Backend::OFFSET, sums[m], y + (t + m) * y_stride + outputs.begin);
+            layer.template scale<Backend>(g, block.sum[t + m], outputs, sums[m], scales,
+                                          y + (t + m) * y_stride + outputs.begin);
         }
     }
 
     void add_exactly(int64_t t, int64_t first, Range outputs, int32_t* sums) const {
         const int32_t* group = counts + t * layer.in + first;
-        if (block.large[t])
+        if (block.large[t]) {
+            const Rows rows = layer.rows(outputs.begin);
             for (int j = 0; j < block.live; ++j) {
                 const int32_t s = group[block.row[j]];
                 if (s < -Backend::LIMIT || s > Backend::LIMIT)
-                    layer.add_row(first + block.row[j], s, outputs, Backend::OFFSET, sums);
+                    layer.add_row(rows[first + block.row[j]], s, outputs.end - outputs.begin, Backend::OFFSET, sums);
             }
+        }
         for (int j = 0; j < residual_rows; ++j)
             layer.add_residual(residual[j], group[residual_row[j]], outputs.begin, sums);
     }
@@ -394,8 +463,6 @@ int64_t matmul_w4(const sbedge_w4* w, const int32_t* counts, const float* thresh
     return matmul<Backend>(Int4Layer(*w), w->bias, counts, thresholds, n, y, y_stride, ith, nth);
 }
 
-template <class Backend>
-constexpr SpikeKernels spike_table{spike_encode, norm_spike_encode, matmul_w8<Backend>, matmul_w4<Backend>};
 
 }  // namespace
 }  // namespace sbedge

@@ -108,20 +108,22 @@ bool check_w8(const char* isa, bool with_residual) {
             if (!uniform(0, 50)) output.push_back(static_cast<int32_t>(o)), value.push_back(uniform(-300, 300));
         start.push_back(static_cast<int32_t>(output.size()));
     }
-    const sbedge_w8 layer{in,         out, codes.data(), scales.data(), uniform(0, 1) ? bias.data() : nullptr,
-                          with_residual ? start.data() : nullptr, output.data(), value.data()};
+    const sbedge_w8 layer{in, out, pick<int64_t>({0, 64, 128}), codes.data(), scales.data(),
+                          uniform(0, 1) ? bias.data() : nullptr, with_residual ? start.data() : nullptr, output.data(),
+                          value.data(), uniform(0, 1)};
     return check_matmul(isa, layer, sbedge_spike_matmul_w8);
 }
 
 bool check_w4(const char* isa, int64_t group) {
     const int64_t in = pick<int64_t>({128, 384}), out = 64 * uniform(1, 5);
     std::vector<uint8_t> nibbles(in * out / 2), zeros(in / group * out);
-    std::vector<float> scales(zeros.size()), bias(out);
+    std::vector<uint16_t> scales(zeros.size());
+    std::vector<float> bias(out);
     for (uint8_t& two : nibbles) two = static_cast<uint8_t>(uniform(0, 255));
     for (uint8_t& zero : zeros) zero = static_cast<uint8_t>(uniform(0, 15));
-    for (float& scale : scales) scale = normal() * 0.01f;
+    for (uint16_t& scale : scales) scale = static_cast<uint16_t>(uniform(0, 0x3c00) | uniform(0, 1) << 15);  // -1 to 1
     for (float& b : bias) b = normal();
-    const sbedge_w4 layer{in, out, group, nibbles.data(), scales.data(), uniform(0, 1) ? zeros.data() : nullptr,
+    const sbedge_w4 layer{in, out, pick<int64_t>({0, 64, 128}), group, nibbles.data(), scales.data(), uniform(0, 1) ? zeros.data() : nullptr,
                           uniform(0, 1) ? bias.data() : nullptr};
     return check_matmul(isa, layer, sbedge_spike_matmul_w4);
 }
@@ -139,13 +141,14 @@ bool report(const char* isa, const char* kernel, Check check) {
 
 int main() {
     bool good = true;
-    for (const char* isa : {"scalar", "avx2", "avx512vnni", "neon"}) {
+    for (const char* isa : {"scalar", "avx2", "avxvnni", "avx512vnni", "neon"}) {
         if (sbedge_set_isa(isa)) continue;
         good &= report(isa, "spike_encode", [=] { return check_encode(isa, false); });
         good &= report(isa, "norm_spike_encode", [=] { return check_encode(isa, true); });
         good &= report(isa, "w8", [=] { return check_w8(isa, false); });
         good &= report(isa, "w8 with residual", [=] { return check_w8(isa, true); });
         good &= report(isa, "w4 group 32", [=] { return check_w4(isa, 32); });
+        good &= report(isa, "w4 group 64", [=] { return check_w4(isa, 64); });
         good &= report(isa, "w4 group 128", [=] { return check_w4(isa, 128); });
     }
     return good ? 0 : 1;

@@ -49,8 +49,8 @@ struct Gla {
     // Output, then the state after it.
     Floats run(const char* isa, int nth) const {
         sbedge_set_isa(isa);
-        const sbedge_gla_input in = {heads,      groups,     d,          q.data(),   k.data(),    v.data(), gate.data(),
-                                     heads * d, groups * d, groups * d, groups * d, norm.data(), 1e-6f};
+        sbedge_gla_input in = {heads,      groups,     d,          q.data(),   k.data(),    v.data(), gate.data(),
+                                     heads * d, groups * d, groups * d, groups * d, norm.data(), 1e-6f, 0};
         Floats after = state, out(n * heads * d), scratch(nth * sbedge_gla_scratch(heads, groups, d, n));
         for (int ith = 0; ith < nth; ++ith) sbedge_gla(&in, n, after.data(), out.data(), scratch.data(), ith, nth);
         out.insert(out.end(), after.begin(), after.end());
@@ -78,12 +78,12 @@ struct Window {
         sbedge_set_isa(isa);
         Window after = *this;
         const int64_t cells = window * groups;
-        sbedge_ring ring = {window, groups, d, after.keys.data(), after.values.data(), nullptr, nullptr};
+        sbedge_ring ring = {window, groups, d, after.keys.data(), after.values.data(), nullptr, nullptr, SBEDGE_F32};
         if (int8)
             ring = {window, groups, d, after.codes.data(), after.codes.data() + cells * d, after.scales.data(),
-                    after.scales.data() + cells};
-        const sbedge_window_input in = {heads,      q.data(),  k.data(),   v.data(),   cos.data(),
-                                        sin.data(), heads * d, groups * d, groups * d, int8 ? 3.0f : 0.0f};
+                    after.scales.data() + cells, SBEDGE_INT8};
+        sbedge_window_input in = {heads,      q.data(),  k.data(),   v.data(),   cos.data(),
+                                        sin.data(), heads * d, groups * d, groups * d, int8 ? 3.0f : 0.0f, 0};
         Floats out(n * heads * d), scratch(nth * sbedge_window_scratch(heads, groups, d, window, n));
         for (int ith = 0; ith < nth; ++ith)
             sbedge_window(&in, position, n, &ring, out.data(), scratch.data(), ith, nth);
