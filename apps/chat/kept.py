@@ -43,13 +43,12 @@ def chats_folder(model: str | Path, engine: Engine) -> Path:
     return state_home() / "chats" / key[:16]
 
 
-Mark = tuple[int, int, int]
-NOTHING: Mark = (0, 0, 0)
+def mark(session: Session) -> int:
+    """Another number once the conversation is another one. A prompt that was read half way has not changed it."""
+    return hash(tuple((message["role"], message["content"]) for message in session.messages))
 
 
-def mark(session: Session) -> Mark:
-    """Another one whenever a session has gone on or back."""
-    return session.state.position, len(session.pending), len(session.messages)
+NOTHING = hash(())
 
 
 class KeptChat:
@@ -59,7 +58,7 @@ class KeptChat:
         self.folder = folder
         self._lock: int | None = None
         self._due = 0.0
-        self._saved: dict[str, Mark] = {}
+        self._saved: dict[str, int] = {}
 
     def files(self) -> list[Path]:
         """One for each branch, the one last saved first."""
@@ -98,8 +97,10 @@ class KeptChat:
 
         StateError if that fails.
         """
+        if sparing and time.monotonic() < self._due:
+            return
         now = mark(session)
-        if now == self._saved.get(branch, NOTHING) or (sparing and time.monotonic() < self._due):
+        if now == self._saved.get(branch, NOTHING):
             return
         self._due = time.monotonic() + PAUSE
         if self._lock is None and not self.open():

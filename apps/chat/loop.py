@@ -14,7 +14,7 @@ from .commands import Exit, GoOn, prompt_text, resumed, run_command
 from .kept import MOST, state_home
 from .meter import Meter
 from .reply import reply_view
-from .terminal import Terminal, quiet_keys
+from .terminal import CtrlC, Terminal, quiet_keys
 
 Read = Callable[[], str]        # one message; raises EOFError or KeyboardInterrupt to leave
 
@@ -82,6 +82,8 @@ def take_turn(chat: Chat, terminal: Terminal, read: Read) -> bool:
     try:
         line = read()
     except (EOFError, KeyboardInterrupt):
+        if terminal.person and not terminal.editing:
+            print(file=sys.stderr)      # the editor ends its line itself
         return False
     with quiet_keys():
         try:
@@ -92,8 +94,7 @@ def take_turn(chat: Chat, terminal: Terminal, read: Read) -> bool:
             terminal.note("stopped")
         except (SbedgeError, OSError) as error:
             terminal.note(str(error))
-        finally:
-            keep(chat, terminal)
+        keep(chat, terminal)
     return True
 
 
@@ -128,11 +129,18 @@ def answer(chat: Chat, terminal: Terminal, pieces: Iterator[Piece]) -> None:
 
 
 def show(chat: Chat, terminal: Terminal, texts: Iterator[str]) -> None:
-    view = reply_view(terminal)
-    try:
-        for i, text in enumerate(texts):
-            view.write(text)
-            with suppress(StateError):      # told at the end of the turn
-                chat.keep(sparing=i > 0)    # first of all the message; of a long reply now and then what there is
-    finally:
-        view.end()
+    """Show a reply as it comes. Its beginning is kept, so that the message is, and what there is of it now and then."""
+    with CtrlC() as ctrl_c:
+        view = reply_view(terminal)
+        try:
+            ctrl_c.waits = False                # while the prompt is read, which may take long
+            for i, text in enumerate(texts):
+                ctrl_c.waits = True
+                view.write(text)
+                with suppress(StateError):      # told at the end of the turn
+                    chat.keep(sparing=i > 0)
+                if ctrl_c.pressed:
+                    raise KeyboardInterrupt
+        finally:
+            ctrl_c.waits = True
+            view.end()

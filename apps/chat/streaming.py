@@ -12,7 +12,6 @@ from sbedge.apps.text import without_control
 
 from .markdown import block_rows, parse
 from .painter import Painter
-from .terminal import uninterrupted
 
 FRAME = 1 / 25          # seconds from one painting to the next ...
 SHARE = 10              # ... and so many times as long as a painting takes
@@ -42,21 +41,20 @@ class MarkdownReply:
         self._painter.finish()
 
     def _paint(self, whole: bool = False) -> None:
-        with uninterrupted():
-            if self._painter.lost():
-                self._start = 0
-            rest = self._text[self._start:]
-            blocks, final = parse(rest), 0
-            rows: list[Text] = []
-            for block in blocks:
-                final = len(rows)
-                rows += [Text()] if rows or self._start else []
-                rows += block_rows(block, self._painter.columns)
-            if blocks and blocks[-1].type == "table" and not whole:     # the next line may widen its columns
-                rows = rows[: final + self._painter.height - 1]
-            self._painter.paint([self._styled(row) for row in rows] or [""], final)
-            if blocks and (lines := blocks[-1].map):
-                self._start += sum(len(line) + 1 for line in rest.split("\n")[: lines[0]])
+        if self._painter.lost():
+            self._start = 0
+        rest = self._text[self._start:]
+        blocks, final = parse(rest), 0
+        rows: list[Text] = []
+        for block in blocks:
+            final = len(rows)
+            rows += [Text()] if rows or self._start else []
+            rows += block_rows(block, self._painter.columns)
+        if blocks and blocks[-1].type == "table" and not whole:     # the next line may widen its columns
+            rows = rows[: final + self._painter.height - 1]
+        self._painter.paint([self._styled(row) for row in rows] or [""], final)
+        if blocks and (lines := blocks[-1].map):
+            self._start += sum(len(line) + 1 for line in rest.split("\n")[: lines[0]])
 
     def _styled(self, row: Text) -> str:
         with self._console.capture() as capture:

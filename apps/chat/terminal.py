@@ -83,14 +83,23 @@ def quiet_keys() -> Iterator[None]:
         termios.tcsetattr(file, termios.TCSANOW, before)
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: half a control sequence would spoil the screen."""
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
+class CtrlC:
+    """Within this context Ctrl-C interrupts at once, or where `waits` is set only notes that it was pressed.
+
+    In the midst of a token it would leave the model's state half way, in the midst of a control sequence the screen.
+    """
+
+    def __init__(self) -> None:
+        self.waits, self.pressed = True, False
+
+    def __enter__(self) -> CtrlC:
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        self.pressed = True
+        if not self.waits:
+            raise KeyboardInterrupt
