@@ -21,7 +21,7 @@ from sbedge.errors import SbedgeError
 # name -> (module with add_arguments(parser) and run(args), one line of help)
 COMMANDS = {
     "demo": ("demo", "chat with a small model that is fetched for you"),
-    "chat": ("chat", "talk with a model in the terminal"),
+    "chat": ("chat.command", "talk with a model in the terminal"),
     "generate": ("commands.generate", "continue a text"),
     "export": ("commands.export", "turn a checkpoint into a GGUF file or an ONNX folder"),
     "bench": ("commands.bench", "measure speed and memory of a model, or of random weights of a shape"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sbedge.apps.chat import add_chat_options, make_chat, note, print_reply, talk
+from sbedge.apps.chat.command import add_chat_options, make_chat, start
+from sbedge.apps.chat.loop import show
+from sbedge.apps.chat.terminal import Terminal
 from sbedge.apps.demo_model import cache_folder, fetch_weights, write_demo_checkpoint
 from sbedge.apps.options import read_prompt, sampling_from
 from sbedge.apps.progress import progress_bar
@@ -40,18 +42,19 @@ def run(args: argparse.Namespace) -> None:
     model = prepare(args.dir or cache_folder(), args.engine or default_engine(), args.quant)
     session = load(model, threads=args.threads)
     session.sampling = sampling
-    chat = make_chat(session, args)
+    terminal = Terminal.found(not args.no_color)
     if prompt is None:
-        note("SmolLM2-135M, a small stand-in for SpikingBrain: expect fluent English and loose facts")
-        talk(chat)
+        terminal.note("SmolLM2-135M, a small stand-in for SpikingBrain: fluent English, loose facts")
+        start(session, model, args)
     else:
-        print_reply(chat, prompt)
+        chat = make_chat(session, args)
+        show(chat, terminal, (piece.text for piece in chat.reply(prompt)))
 
 
 def default_engine() -> str:
     if ggml_available():
         return "ggml"
-    note("the ggml libraries are not installed (pip install 'sbedge[ggml]'): using ONNX Runtime")
+    Terminal.found().note("the ggml libraries are not installed (pip install 'sbedge[ggml]'): using ONNX Runtime")
     return "onnx"
 
 

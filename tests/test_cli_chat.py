@@ -10,9 +10,11 @@ import pytest
 from golden import TINY, add_tokenizer, copy_checkpoint
 
 import sbedge
-from sbedge.apps import chat as terminal
 from sbedge.apps import cli, demo
-from sbedge.apps.chat import Chat, Exit, talk
+from sbedge.apps.chat import loop
+from sbedge.apps.chat.branches import Chat
+from sbedge.apps.chat.commands import COMMANDS, Exit, run_command
+from sbedge.apps.chat.terminal import Terminal
 from sbedge.apps.text import without_control
 from sbedge.errors import InputError, StateError
 from sbedge.quant.ggml_library import ggml_available
@@ -28,6 +30,10 @@ def chat(model: str) -> Chat:
     return Chat(sbedge.load(model), max_tokens=6)
 
 
+def said(chat: Chat, message: str) -> str:
+    return "".join(piece.text for piece in chat.reply(message))
+
+
 def lines(*texts: str) -> Callable[[], str]:
     """A reader of these lines; the end of input follows."""
     rest = iter(texts)
@@ -41,7 +47,7 @@ def lines(*texts: str) -> Callable[[], str]:
 
 # --- the conversation --------------------------------------------------------------------------------
 def test_a_reply_continues_the_conversation(chat: Chat) -> None:
-    first = "".join(chat.reply("hello"))
+    first = said(chat, "hello")
     assert chat.session.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}]
     position = chat.session.state.position
     list(chat.reply("and?"))
@@ -49,33 +55,33 @@ def test_a_reply_continues_the_conversation(chat: Chat) -> None:
 
 
 def test_the_system_text_comes_first(chat: Chat) -> None:
-    chat.system = "Be brief."
+    run_command(chat, "/system Be brief.")
     list(chat.reply("hello"))
     assert chat.session.messages[0] == {"role": "system", "content": "Be brief."}
 
 
-def test_reset_forgets(chat: Chat) -> None:
-    first = "".join(chat.reply("hello"))
-    chat.command("/reset")
+def test_a_new_conversation_knows_nothing_of_the_former(chat: Chat) -> None:
+    first = said(chat, "hello")
+    run_command(chat, "/new")
     assert chat.session.messages == [] and chat.session.state.position == 0
-    assert "".join(chat.reply("hello")) == first
+    assert said(chat, "hello") == first
 
 
 def test_save_and_load_go_back_to_the_same_point(chat: Chat, tmp_path: Path) -> None:
     list(chat.reply("hello"))
-    assert "saved" in chat.command(f"/save {tmp_path / 'a b.state'}")
-    first = "".join(chat.reply("and?"))
-    assert "1 turns" in chat.command(f"/load {tmp_path / 'a b.state'}")
-    assert "".join(chat.reply("and?")) == first
+    assert "saved" in run_command(chat, f"/save {tmp_path / 'a b.state'}")
+    first = said(chat, "and?")
+    assert "1 turn," in run_command(chat, f"/load {tmp_path / 'a b.state'}")
+    assert said(chat, "and?") == first
 
 
 def test_save_replaces_its_own_files_and_no_others(chat: Chat, tmp_path: Path) -> None:
     list(chat.reply("hello"))
-    chat.command(f"/save {tmp_path / 's'}")
-    chat.command(f"/save {tmp_path / 's'}")
+    run_command(chat, f"/save {tmp_path / 's'}")
+    run_command(chat, f"/save {tmp_path / 's'}")
     (tmp_path / "thesis.txt").write_text("ten years of work")
     with pytest.raises(InputError, match="no saved conversation"):
-        chat.command(f"/save {tmp_path / 'thesis.txt'}")
+        run_command(chat, f"/save {tmp_path / 'thesis.txt'}")
     assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
 
 
@@ -83,14 +89,14 @@ def test_save_replaces_its_own_files_and_no_others(chat: Chat, tmp_path: Path) -
     ("/nonsense", InputError), ("/save", InputError), ("/load", InputError), ("/load /no/such/file", StateError)])
 def test_a_command_that_cannot_be_done_says_so(chat: Chat, line: str, error: type[Exception]) -> None:
     with pytest.raises(error):
-        chat.command(line)
+        run_command(chat, line)
 
 
 def test_help_lists_the_commands_and_exit_leaves(chat: Chat) -> None:
-    assert all(name in chat.command("/help") for name in ("/reset", "/save FILE", "/load FILE", "/exit"))
+    assert all(f"{c.name} {c.takes}".strip() in run_command(chat, "/help") for c in COMMANDS.values())
     for line in ("/exit", "/quit"):
         with pytest.raises(Exit):
-            chat.command(line)
+            run_command(chat, line)
 
 
 # --- the terminal ------------------------------------------------------------------------------------
@@ -103,7 +109,7 @@ def test_replies_go_to_stdout_and_all_else_to_stderr(
     for message in ("hello", "and?"):
         expected += "".join(p.text for p in session.chat(message, max_tokens=6)) + "\n"
     assert captured.out == expected
-    assert "/reset" in captured.err and captured.err.count("position") == 2 and "tok/s" in captured.err
+    assert "/rewind" in captured.err and captured.err.count("position") == 2 and "tok/s" in captured.err
 
 
 def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(
@@ -117,15 +123,15 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(
         return forward(ids, state, **options)
 
     monkeypatch.setattr(chat.session.engine, "forward", interrupted)
-    talk(chat, lines("hello", "go on"))
+    loop.talk(chat, Terminal(), lines("hello", "go on"))
     captured = capsys.readouterr()
     assert "stopped" in captured.err and captured.err.count("position") == 2
     roles = [message["role"] for message in chat.session.messages]
     assert roles == ["user", "assistant", "user", "assistant"] and len(calls) > 5
 
 
-def test_ctrl_c_at_the_prompt_only_drops_the_line(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
-    answers: Iterator[str | type[BaseException]] = iter([KeyboardInterrupt, "hello", EOFError])
+def test_ctrl_c_at_the_prompt_leaves(chat: Chat) -> None:
+    answers: Iterator[str | type[BaseException]] = iter(["hello", KeyboardInterrupt, "never read"])
 
     def read() -> str:
         answer = next(answers)
@@ -133,12 +139,12 @@ def test_ctrl_c_at_the_prompt_only_drops_the_line(chat: Chat, capsys: pytest.Cap
             return answer
         raise answer
 
-    talk(chat, read)
-    assert len(chat.session.messages) == 2
+    loop.talk(chat, Terminal(), read)
+    assert len(chat.session.messages) == 2 and next(answers) == "never read"
 
 
 def test_an_error_in_a_turn_does_not_end_the_chat(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
-    talk(chat, lines("/nonsense", "hello"))
+    loop.talk(chat, Terminal(), lines("/nonsense", "hello"))
     assert "/nonsense is no command" in capsys.readouterr().err and len(chat.session.messages) == 2
 
 
@@ -227,18 +233,8 @@ def test_progress_is_silent_off_a_terminal(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_line_editor_is_used_on_a_terminal_only(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[str] = []
-
-    def editor() -> Callable[[], str]:
-        used.append("editor")
-        return lines()
-
-    monkeypatch.setattr(terminal, "line_editor", editor)
-    monkeypatch.setattr(terminal, "read_line", lines())
-    talk(chat)
-    assert used == []
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    talk(chat)
-    assert used == ["editor"]
+def test_the_line_editor_is_used_where_the_cursor_can_move_only(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sbedge.apps.chat import editor
+    monkeypatch.setattr(editor, "line_editor", lambda *_: "editor")
+    assert loop.reader(chat, Terminal(person=True, editing=True)) == "editor"
+    assert loop.reader(chat, Terminal(person=True)) != "editor" and loop.reader(chat, Terminal()) != "editor"
