@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from golden import TINY, W8ASPIKE, add_tokenizer, copy_checkpoint
+from tiny import write_tiny_checkpoint
 
 import sbedge
 from sbedge.apps import cli
+from sbedge.checkpoint import Checkpoint
 from sbedge.errors import ExportError
 from sbedge.export import QUANTS
 from sbedge.quant.ggml_library import ggml_available
@@ -276,6 +278,27 @@ def test_inspect_for_people_names_what_they_ask(model: str, capsys: pytest.Captu
     out = capsys.readouterr().out
     for words in ("GWGW", "window 16", "with chat template", "float32", "whatever the position", "lm_head.weight"):
         assert words in out
+
+
+@needs_ggml
+@pytest.mark.parametrize("out", ["m.gguf", "m-onnx"])
+def test_export_and_inspect_tell_the_size_of_what_int8_cannot_hold(
+        out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path / "c", w8aspike=True, num_hidden_layers=2))
+    codes = [checkpoint.weight_codes(name)[0] for name in checkpoint.names() if checkpoint.is_quantized(name)]
+    beyond = sum(int(((c < -128) | (c > 127)).sum()) for c in codes)
+    exported = sbedge_json(capsys, "export", str(checkpoint.folder), "-o", str(tmp_path / out), "--no-report", "--json")
+    residual = sbedge_json(capsys, "inspect", str(tmp_path / out), "--json")["residual"]
+    assert residual == exported["residual"] and residual["bytes"] >= 8 * beyond > 0
+    assert (residual["codes_beyond_int8"], residual["codes"]) == (beyond, sum(c.size for c in codes))
+    assert cli.main(["inspect", str(tmp_path / out)]) == 0
+    assert f"{beyond:,} of " in capsys.readouterr().out
+    assert cli.main(["export", str(checkpoint.folder), "-o", str(tmp_path / out), "--no-report", "--force"]) == 0
+    assert "are beyond int8 and kept exact in" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_such_codes_has_no_residual(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "residual" not in sbedge_json(capsys, "inspect", model, "--json")
 
 
 # --- export ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sbedge.apps.commands.inspect import read_contents, residual_of, residual_text
 from sbedge.apps.progress import progress_bar
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import EngineUnavailable
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     summary = {"output": str(args.output), "format": format, "quant": quant, "bytes": size_of(args.output),
                "seconds": round(seconds, 3), "fingerprint": checkpoint.fingerprint,
                "report": report.to_dict() if report else None,
+               "residual": residual_of(read_contents(args.output)) if checkpoint.is_w8aspike else None,
                "spiking": quant.endswith("-spike") or bool(checkpoint.config.spike_k)}
     if args.json:
         print(json.dumps(summary))
@@ -88,6 +90,8 @@ def report_on(checkpoint: Checkpoint, exported: Path, format: str) -> Report | N
 def print_summary(summary: dict[str, Any], report: Report | None, hint: bool) -> None:
     print(f"{summary['output']}: {summary['format']} {summary['quant']}, {summary['bytes'] / 1e6:.1f} MB "
           f"in {summary['seconds']:.1f} s")
+    if summary["residual"]:
+        print(residual_text(summary["residual"]))
     if report:
         print(report)
         if summary["spiking"]:

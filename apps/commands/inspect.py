@@ -140,9 +140,29 @@ def summarize(contents: Contents, tokenizer: Tokenizer | None, *, tensors: bool 
         "file_bytes": contents.file_bytes, "state_bytes": state, "scratch_bytes": scratch,
         "memory_bytes": contents.file_bytes + state + scratch, "types": types, "source": contents.source,
         "tokenizer": None if tokenizer is None else tokenizer_summary(tokenizer)}
+    if residual := residual_of(contents):
+        summary["residual"] = residual
     if tensors:
         summary["tensors"] = [asdict(tensor) for tensor in contents.tensors]
     return summary
+
+
+def residual_of(contents: Contents) -> dict[str, int] | None:
+    """Codes beyond int8, kept exact beside the int8 ones: how many, of how many, and the bytes they take; None if the
+    model stores no such residual."""
+    parts = [t for t in contents.tensors if t.name.rpartition(".")[2].startswith("residual_")]
+    count = sum(math.prod(t.shape) for t in parts if t.name.endswith(("residual_value", "residual_values")))
+    if not count:
+        return None
+    linears = {t.name.rpartition(".")[0] for t in parts}
+    codes = sum(t.nbytes for t in contents.tensors if t.name.removesuffix(".codes") in linears)
+    return {"codes_beyond_int8": count, "codes": codes, "bytes": sum(t.nbytes for t in parts)}
+
+
+def residual_text(residual: dict[str, int]) -> str:
+    beyond, codes = residual["codes_beyond_int8"], residual["codes"]
+    return (f"{beyond:,} of {codes:,} codes ({beyond / codes:.2%}) are beyond int8 and kept exact in "
+            f"{size(residual['bytes'])} beside them")
 
 
 def layer_pattern(config: ModelConfig) -> str:
@@ -182,6 +202,7 @@ def describe(path: str, summary: dict[str, Any]) -> str:
         ("tokenizer", "none: this model takes token ids only" if tokenizer is None else
             f"{tokenizer['tokens']} tokens, {'with' if tokenizer['chat_template'] else 'no'} chat template"),
         *((f"{name}", f"{t['tensors']} tensors, {size(t['bytes'])}") for name, t in sorted(summary["types"].items())),
+        *((("residual", residual_text(summary["residual"])),) if "residual" in summary else ()),
         ("state", f"{size(summary['state_bytes'])}, whatever the position"),
         ("memory", f"about {size(summary['memory_bytes'])}: file, state, and {size(summary['scratch_bytes'])} for "
                    f"reading {PREFILL} tokens at a time"),
