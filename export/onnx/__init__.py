@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -42,17 +43,17 @@ def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4
     folder = Path(folder)
     recipe = checked_recipe(checkpoint, quant, embedding_quant, spikes)
     check_replaceable(folder, force)
-    temporary = None
+    # Named before it is made: whenever we are stopped, we know what to remove.
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
     try:
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary.mkdir(mode=0o700)
         write_model(checkpoint, temporary, recipe, progress)
         write_sidecars(checkpoint, temporary, recipe)
         publish(temporary, folder)
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left behind") from None
     finally:        # also after an interrupt
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_replaceable(folder: Path, force: bool) -> None:
@@ -110,7 +111,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def publish(temporary: Path, folder: Path) -> None:
     """Rename the finished export into place; what it replaces is removed only after that."""
-    temporary.chmod(0o755)      # mkdtemp made it private
+    temporary.chmod(0o755)      # private until now
     if not os.path.lexists(folder):
         temporary.rename(folder)
         return
