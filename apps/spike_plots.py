@@ -27,7 +27,7 @@ STYLE: Any = {
     "font.size": 9, "axes.titlesize": 9, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
-    "figure.constrained_layout.use": True, "svg.fonttype": "path", "svg.hashsalt": "sbedge"}
+    "figure.constrained_layout.use": True, "svg.fonttype": "none", "svg.hashsalt": "sbedge"}
 MAP_CHANNELS = 64
 SHOWN = 15          # the largest |s| of the histogram's axis
 
