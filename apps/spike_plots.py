@@ -27,7 +27,7 @@ STYLE: Any = {
     "font.size": 9, "axes.titlesize": 9, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
-    "figure.constrained_layout.use": True, "svg.fonttype": "path", "svg.hashsalt": "sbedge"}
+    "figure.constrained_layout.use": True, "svg.fonttype": "none", "svg.hashsalt": "sbedge"}
 MAP_CHANNELS = 64
 SHOWN = 15          # the largest |s| of the histogram's axis
 
@@ -175,6 +175,7 @@ def draw_sweep(figure: Figure, summary: dict[str, Any], recording: Recording) ->
             axis.annotate(f"{sign} = {value:g}", place, xytext=(-4, 4) if above else (5, -9),
                           textcoords="offset points", ha="right" if above else "left", fontsize=7.5, color=color)
     axis.axhline(0, color=INK, linewidth=0.9)
+    axis.margins(x=0.1)
     axis.set_xlim(left=0)
     axis.set_xlabel("weights that a token finds silent, % (bytes that need not be read)")
     axis.set_ylabel("perplexity above\nthe model without spikes, %")

@@ -9,6 +9,10 @@ from golden import add_tokenizer
 from tiny import write_tiny_checkpoint
 
 from sbedge.apps import cli
+from sbedge.export import export_model
+from sbedge.export.spikes import Spikes
+from sbedge.quant.ggml_library import ggml_available
+from sbedge.runtime.native.library import load_native
 
 
 @pytest.fixture
@@ -52,3 +56,34 @@ def test_plots_are_written(tmp_path: Path, text: str) -> None:
     assert cli.main(["spikes", checkpoint(tmp_path, True), "--text", text, "--tokens", "12",
                      "--plots", str(tmp_path / "plots")]) == 0
     assert len(list((tmp_path / "plots").glob("*.svg"))) == 4
+
+
+@pytest.mark.skipif(not (ggml_available() and load_native()), reason="silent rows are skipped by the native kernels")
+def test_the_bytes_the_engine_skips_are_the_weights_found_silent(
+        tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "m.gguf"
+    export_model(checkpoint(tmp_path, False), model, quant="w8-spike", embedding_quant="f32", spikes=Spikes(2, 0.4))
+    assert cli.main(["spikes", str(model), "--text", text, "--tokens", "40", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["spikes_itself"] and not found["trained_to_spike"]
+    assert (found["spike_k"], found["dead_zone"]) == (2, 0.4)
+    assert found["silent_weights"] > 0.2
+    assert found["skipped"]["skipped"] == pytest.approx(found["silent_weights"], abs=0.005)
+
+
+def test_a_model_that_does_not_spike_is_watched_as_if_it_did_at_the_k_asked_for(
+        tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, silent = checkpoint(tmp_path, False), []
+    for options in ([], ["--spike-k", "1"], ["--spike-k", "1", "--dead-zone", "0.8"]):
+        assert cli.main(["spikes", model, "--text", text, "--tokens", "20", *options, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert not found["spikes_itself"] and len(found["layers"]) == 4 * 4     # down_proj spikes, too
+        silent.append(found["total"]["silent"])
+    assert silent == sorted(silent) and silent[0] < silent[2]
+
+
+def test_plots_without_matplotlib_name_what_to_install(
+        tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["spikes", "m.gguf", "--text", text, "--plots", str(tmp_path / "plots")]) == 2
+    assert "pip install 'sbedge[plots]'" in capsys.readouterr().err and not (tmp_path / "plots").exists()
