@@ -182,7 +182,7 @@ def shown_path(path: Path) -> str:
 
 COMMANDS = {command.name: command for command in (
     Command("/help", "", "this list", help_text),
-    Command("/system", "[TEXT]", "show or set what precedes the conversation; none: nothing", system),
+    Command("/system", "[TEXT]", "show or set the system text; none takes it away", system),
     Command("/params", "[NAME VALUE ...]", "show or set how tokens are chosen", params),
     Command("/stats", "", "what the conversation holds and took", stats),
     Command("/save", "FILE", "keep this conversation in a file", save),

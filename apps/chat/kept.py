@@ -14,6 +14,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 
 from sbedge.errors import StateError
 from sbedge.runtime.engine import Engine
@@ -140,7 +141,7 @@ class Shelf:
 
     def new(self) -> KeptChat:
         """A chat that begins now; nothing is written before its first save."""
-        return KeptChat(self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        return KeptChat(self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(3)}")
 
     def chats(self) -> list[KeptChat]:
         """The last used first."""
