@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pexpect
@@ -50,6 +51,8 @@ class Screen:
             self._line_feed()
         elif char == "\b":
             self.x = max(self.x - 1, 0)
+        elif char == "\t":
+            self.x = min((self.x // 8 + 1) * 8, self.columns - 1)
         elif char != "\x07":
             assert char.isprintable() or ord(char) > 0x9f, f"control character {char!r}"
             width = cell_len(char)
@@ -129,9 +132,9 @@ class Program:
     """A Python program in a terminal: `python arguments`. `raw` is what it has written so far."""
 
     def __init__(self, *arguments: str | Path, home: Path, columns: int = 80, rows: int = 24,
-                 **environment: str) -> None:
+                 environment: Mapping[str, str] | None = None) -> None:
         own = {"TERM": "xterm", "HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "LC_ALL": "C.UTF-8",
-               "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PATH": os.environ["PATH"], **environment}
+               "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PATH": os.environ["PATH"], **(environment or {})}
         self.child = pexpect.spawn(sys.executable, [str(word) for word in arguments], env=own, cwd=str(ROOT),
                                    dimensions=(rows, columns), encoding="utf-8", codec_errors="replace")
         self.child.delaybeforesend = None
@@ -168,10 +171,14 @@ class Program:
 
     def end(self) -> int | None:
         """Read to the end; the exit code, None if a signal ended it."""
-        while self._read():
-            pass
+        self.drain()
         self.child.close()
         return self.child.exitstatus
+
+    def drain(self) -> None:
+        """Read all there is until the program ends."""
+        while self._read():
+            pass
 
     def resize(self, columns: int, rows: int, reflow: bool = False) -> None:
         self.screen.resize(columns, rows, reflow)

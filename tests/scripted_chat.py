@@ -5,7 +5,6 @@ FOLDER holds a tokenizer. For tests of what a terminal shows.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -33,10 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = Tokenizer.from_folder(args.folder)
     script = tokenizer.encode(args.file.read_text(encoding="utf-8"))
-    engine = Slow(tokenizer, script=[*script, *tokenizer.eos_ids])
+    engine = Slow(tokenizer, script=[*script, min(tokenizer.eos_ids)])
     engine.pause = args.seconds
     start(Session(engine, tokenizer), args.folder, args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
