@@ -235,6 +235,8 @@ def test_the_state_folder_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp
 def test_chats_belong_to_a_checkpoint_whatever_its_path(model: str, tmp_path: Path) -> None:
     engine = sbedge.load(model).engine
     assert chats_folder(model, engine) == chats_folder("elsewhere", engine)
+    engine.fingerprint = "../../../../tmp/x"        # a model file may say so
+    assert chats_folder(model, engine).parent == state_home() / "chats"
     engine.fingerprint = None
     assert chats_folder(model, engine) != chats_folder("elsewhere", engine)
 

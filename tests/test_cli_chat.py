@@ -218,6 +218,15 @@ def test_a_command_that_cannot_be_done_says_so(chat: Chat, line: str, error: typ
         run_command(chat, line)
 
 
+def test_a_text_that_was_read_outside_a_chat_is_not_loaded_for_it_would_be_forgotten(
+        chat: Chat, tmp_path: Path) -> None:
+    session = chat.session.fork()
+    session.feed("a report")
+    session.save(tmp_path / "report.state")
+    with pytest.raises(InputError, match="sbedge state load"):
+        run_command(chat, f"/load {tmp_path / 'report.state'}")
+
+
 def test_there_is_nothing_to_continue_before_the_first_reply(
         chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     loop.talk(chat, Terminal(), lines("/continue"))
@@ -313,9 +322,19 @@ def test_ctrl_c_at_the_prompt_leaves(chat: Chat) -> None:
 
 
 def test_an_error_in_a_turn_does_not_end_the_chat(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
-    loop.talk(chat, Terminal(), lines("/nonsense", "/save /no/such/folder/x", "hello"))
+    loop.talk(chat, Terminal(), lines("/nonsense", "/save /no/such/folder/x", "/save " + "y" * 999, "\udcff", "hello"))
     err = capsys.readouterr().err
-    assert "/nonsense is no command" in err and "/no/such/folder/x" in err and len(chat.session.messages) == 2
+    assert "/nonsense is no command" in err and "/no/such/folder/x" in err and len(chat.session.messages) == 4
+    assert chat.session.messages[0]["content"] == "?"
+
+
+def test_a_reader_of_the_replies_that_goes_away_ends_the_chat(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(loop, "show", gone)
+    with pytest.raises(BrokenPipeError):
+        loop.talk(chat, Terminal(), lines("hello", "and?"))
 
 
 def test_a_space_before_a_slash_makes_it_a_message(chat: Chat) -> None:

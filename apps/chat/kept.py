@@ -40,8 +40,8 @@ def state_home() -> Path:
 
 def chats_folder(model: str | Path, engine: Engine) -> Path:
     """Where the chats with a model are kept: by the checkpoint it comes from if that is known, else by its path."""
-    key = engine.fingerprint or hashlib.sha256(str(Path(model).resolve()).encode()).hexdigest()
-    return state_home() / "chats" / key[:16]
+    key = engine.fingerprint or str(Path(model).resolve())
+    return state_home() / "chats" / hashlib.sha256(key.encode()).hexdigest()[:16]   # what a model file says is no path
 
 
 def mark(session: Session) -> int:
