@@ -123,6 +123,8 @@ class Chat:
         """Go on with a saved conversation, in a branch of its own if this one has begun."""
         there = self.session
         session = Session.load(path, there.engine, there.tokenizer, cache=there.cache)
+        if session.tokens and not session.messages:
+            raise InputError(f"{path}: holds a text but no conversation; go on with it by `sbedge state load`")
         if session.sampling != there.sampling:      # what was chosen for this chat wins; otherwise the dice roll on
             session.sampling = there.sampling
         if self.branch.turns:

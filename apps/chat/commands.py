@@ -125,7 +125,7 @@ def fork(chat: Chat, name: str) -> str:
 
 def switch(chat: Chat, name: str) -> str:
     if not name:
-        return "\n".join(f"{'*' if there == chat.name else ' '} {there:14}{branch.turns} turns"
+        return "\n".join(f"{'*' if there == chat.name else ' '} {there:14}{counted(branch.turns)}"
                          for there, branch in chat.branches.items())
     chat.switch(name)
     return f"now in {name}: {where(chat)}"
@@ -167,8 +167,11 @@ def prompt_text(chat: Chat) -> str:
 
 
 def where(chat: Chat) -> str:
-    turns = chat.branch.turns
-    return f"{turns} turn{'' if turns == 1 else 's'}, position {chat.session.state.position}"
+    return f"{counted(chat.branch.turns)}, position {chat.session.state.position}"
+
+
+def counted(turns: int) -> str:
+    return f"{turns} turn{'' if turns == 1 else 's'}"
 
 
 def shortened(text: str, length: int = 40) -> str:
@@ -182,7 +185,7 @@ def shown_path(path: Path) -> str:
 
 COMMANDS = {command.name: command for command in (
     Command("/help", "", "this list", help_text),
-    Command("/system", "[TEXT]", "show or set what precedes the conversation; none: nothing", system),
+    Command("/system", "[TEXT]", "show or set the system text; none takes it away", system),
     Command("/params", "[NAME VALUE ...]", "show or set how tokens are chosen", params),
     Command("/stats", "", "what the conversation holds and took", stats),
     Command("/save", "FILE", "keep this conversation in a file", save),

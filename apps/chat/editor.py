@@ -83,7 +83,7 @@ class Completions(Completer):
         if not space:
             words = [f"{c.name} " if c.takes else c.name for c in COMMANDS.values()]
         else:
-            words = list({"/switch": self._chat.branches, "/params": PARAMS}.get(name, ()))
+            words = {"/switch": [*self._chat.branches], "/params": [f"{name} " for name in PARAMS]}.get(name, [])
         begun = argument.rpartition(" ")[2] if space else name
         yield from (Completion(word, -len(begun)) for word in words if word.startswith(begun))
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 
 from sbedge.errors import StateError
 from sbedge.runtime.engine import Engine
@@ -39,8 +40,8 @@ def state_home() -> Path:
 
 def chats_folder(model: str | Path, engine: Engine) -> Path:
     """Where the chats with a model are kept: by the checkpoint it comes from if that is known, else by its path."""
-    key = engine.fingerprint or hashlib.sha256(str(Path(model).resolve()).encode()).hexdigest()
-    return state_home() / "chats" / key[:16]
+    key = engine.fingerprint or str(Path(model).resolve())
+    return state_home() / "chats" / hashlib.sha256(key.encode()).hexdigest()[:16]   # what a model file says is no path
 
 
 def mark(session: Session) -> int:
@@ -140,7 +141,7 @@ class Shelf:
 
     def new(self) -> KeptChat:
         """A chat that begins now; nothing is written before its first save."""
-        return KeptChat(self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        return KeptChat(self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{token_hex(3)}")
 
     def chats(self) -> list[KeptChat]:
         """The last used first."""

@@ -92,8 +92,12 @@ def take_turn(chat: Chat, terminal: Terminal, read: Read) -> bool:
             return False
         except KeyboardInterrupt:
             terminal.note("stopped")
-        except (SbedgeError, OSError) as error:
+        except SbedgeError as error:
             terminal.note(str(error))
+        except OSError as error:
+            if error.filename is None:      # no file the user named: whoever reads our output has gone
+                raise
+            terminal.note(f"{error.filename}: {error.strerror}")
         keep(chat, terminal)
     return True
 
@@ -107,6 +111,7 @@ def keep(chat: Chat, terminal: Terminal) -> None:
 
 def act(chat: Chat, terminal: Terminal, line: str) -> None:
     """A command or a message. One that begins with a space is a message, whatever follows."""
+    line = line.encode(errors="replace").decode()       # a terminal may send bytes that are no character
     if not line.strip():
         return
     if not line.startswith("/"):

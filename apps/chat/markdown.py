@@ -8,6 +8,7 @@ import io
 from functools import lru_cache
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from markdown_it.tree import SyntaxTreeNode as Node
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
@@ -21,7 +22,7 @@ from rich.text import Text
 # `lheading` would make a heading of every line above a list while that begins, `reference` hide text.
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable(
     ["lheading", "reference", "image"])
-SPANS = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
+SPANS = {"strong": "bold", "em": "italic", "s": "strike", "a": "underline"}    # tag -> style
 CODE = "cyan"
 NARROWEST = 8           # columns left for a text that is nested deep
 LAYOUT = Console(file=io.StringIO(), width=80)      # measures; prints nothing
@@ -29,7 +30,11 @@ LAYOUT = Console(file=io.StringIO(), width=80)      # measures; prints nothing
 
 def parse(text: str) -> list[Node]:
     """The blocks of `text`; all but the last stay as they are however the text goes on."""
-    return Node(PARSER.parse(text)).children
+    tokens = PARSER.parse(text)
+    for token in tokens:        # spans stay a list: they nest without limit, and a tree of them is recursive
+        if token.type == "inline":
+            token.meta, token.children = {"spans": token.children}, None
+    return Node(tokens).children
 
 
 def block_rows(block: Node, width: int) -> list[Text]:
@@ -107,20 +112,19 @@ def lexer_of(language: str) -> Lexer | None:
 def inline(node: Node, style: str = "") -> Text:
     """The spans of a paragraph or a cell as one text."""
     text = Text(style=style)
-    for span in node.children:
-        match span.type:
-            case "softbreak" | "hardbreak":
-                text.append("\n")
-            case "code_inline":
-                text.append(span.content, CODE)
-            case "strong" | "em" | "s" | "link":
-                inner = inline(span)
-                inner.stylize(SPANS[span.type])
-                text.append_text(inner)
-                if span.type == "link" and (url := str(span.attrs["href"])).removeprefix("mailto:") != inner.plain:
-                    text.append(f" ({url})", "dim")
-            case _:
-                text.append(span.content)
+    begun: list[tuple[int, Token]] = []
+    for span in node.meta["spans"]:
+        if span.nesting == 1:
+            begun.append((len(text), span))
+        elif span.nesting == -1:
+            start, opening = begun.pop()
+            text.stylize(SPANS[span.tag], start)
+            if span.tag == "a" and (url := str(opening.attrs["href"])).removeprefix("mailto:") != text.plain[start:]:
+                text.append(f" ({url})", "dim")
+        elif span.type in ("softbreak", "hardbreak"):
+            text.append("\n")
+        else:
+            text.append(span.content, CODE if span.type == "code_inline" else None)
     return text
 
 

@@ -18,6 +18,7 @@ except ImportError:         # Windows
     termios = None          # type: ignore[assignment]
 
 USUAL_SIZE = (80, 24)
+NARROWEST = 10          # columns that notes are broken for
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Terminal:
         """A line beside the conversation, on standard error; on a terminal it is broken between words."""
         text = without_control(text)
         if sys.stderr.isatty():
-            width = terminal_size()[0] - 1
+            width = max(terminal_size()[0] - 1, NARROWEST)
             text = "\n".join(textwrap.fill(line, width, subsequent_indent="  ", replace_whitespace=False,
                                            break_long_words=False, break_on_hyphens=False)
                              for line in text.split("\n"))
