@@ -15,6 +15,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=".gguf file, ONNX folder or checkpoint folder")
 
 
+def add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text; all of it is plain text")
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="auto",
                         help="default: the one that runs MODEL; reference is plain NumPy, exact and slow")

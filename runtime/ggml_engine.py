@@ -35,7 +35,7 @@ PARAMS_BYTES = 8192             # room for ggml_threadpool_params, whose layout 
 @dataclass
 class Traffic:
     """Weight bytes of event layouts since the engine was loaded: fetched by forward passes, and what the same passes
-    would have fetched had no channel been silent (a pass over several tokens fetches a row once)."""
+    would have fetched had no channel been silent (up to 64 tokens share a pass, which fetches a row once)."""
 
     fetched: int = 0
     dense: int = 0
@@ -117,9 +117,9 @@ class GgmlEngine:
         if status != 0:
             raise MemoryError("ggml could not run a forward pass")
         if isinstance(graph.forward, NativeForward):
-            self.traffic.fetched += int(graph.forward.fetched[0])
-            self.traffic.dense += graph.forward.event_bytes
-            graph.forward.fetched[0] = 0
+            self.traffic.fetched += int(graph.forward.traffic[0])
+            self.traffic.dense += int(graph.forward.traffic[1])
+            graph.forward.traffic[:] = 0
 
     def forward_batch(self, ids: Sequence[int] | np.ndarray, states: Sequence[State]) -> np.ndarray:
         """One token for each of several states, which share one pass over the weights; see `Engine.forward_batch`."""

@@ -47,9 +47,8 @@ class NativeForward(Forward):
     positions: np.ndarray = field(kw_only=True)
     threads: int = field(kw_only=True)
     pool: int | None = field(kw_only=True)
-    # Weight bytes of event layouts: read by the last run (the kernels add to it), and in the whole graph.
-    fetched: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    event_bytes: int = 0
+    # Weight bytes of the event layouts that ran: read, and in all. The kernels add to them.
+    traffic: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
     _ops: list[Any] = field(default_factory=list)      # structures and arrays that nodes point to
     _addresses: list[tuple[Any, str, int, int]] = field(default_factory=list)
 
@@ -76,7 +75,7 @@ class NativeForward(Forward):
         if not self.events or not self.config.spike_k:
             return super().spiked_input(x)
         c, n, width = self.config, self.n, self.width(x)
-        op = EncodeOp(eps=c.norm_eps, k=c.spike_k, dead_zone=c.dead_zone, n=n, width=width)
+        op = EncodeOp(k=c.spike_k, dead_zone=c.dead_zone, n=n, width=width)
         tensor = self.node("encode", op, [x], "I32", n * width + n)
         self.at(op, "x", x)
         self.at(op, "counts", tensor)
@@ -85,17 +84,26 @@ class NativeForward(Forward):
 
     # --- linears ---------------------------------------------------------------------------------------
     def linears(self, i: int, stems: tuple[str, ...], x: Any) -> int:
-        found = self.native_linears([f"blk.{i}.{stem}" for stem in stems], x)
+        y = self.product([f"blk.{i}.{stem}" for stem in stems], x, self.n)
+        return super().linears(i, stems, x) if y is None else y
+
+    def lm_head(self, stem: str, x: int, n: int) -> int:
+        y = self.product([stem], x, n)
+        return super().lm_head(stem, x, n) if y is None else y
+
+    def product(self, stems: list[str], x: Any, n: int) -> int | None:
+        """Linears of one input of n rows side by side, (sum of outs, n); None where they are not all ours."""
+        found = self.native_linears(stems, x, n)
         if found is None:
-            return super().linears(i, stems, x)
+            return None
         op, source = found
-        y = self.node("linears", op, [source], "F32", op.y_stride * self.n)
+        y = self.node("linears", op, [source], "F32", op.y_stride * n)
         self.at(op, "y", y)
-        return self.op.reshape_2d(y, op.y_stride, self.n)
+        return self.op.reshape_2d(y, op.y_stride, n)
 
     def gated(self, i: int, x: int) -> int:
         spikes = self.spiked_input(x)
-        found = self.native_linears([f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"], spikes)
+        found = self.native_linears([f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"], spikes, self.n)
         if found is None:
             return super().gated(i, x)
         op, source = found
@@ -105,41 +113,27 @@ class NativeForward(Forward):
         self.at(op, "y", memory, width * self.n * F4)
         return self.op.view_2d(memory, width, self.n, width * F4, 0)
 
-    def lm_head(self, stem: str, x: int, n: int) -> int:
-        if stem not in self.dense:
-            return super().lm_head(stem, x, n)
-        op = LinearsOp(n=n, count=1)
-        source = self.blocks(op, x, n)
-        self.side_by_side(op, [self.dense[stem]])
-        y = self.node("linears", op, [source], "F32", op.y_stride * n)
-        self.at(op, "y", y)
-        return self.op.reshape_2d(y, op.y_stride, n)
-
-    def native_linears(self, stems: list[str], x: Any) -> tuple[LinearsOp, int] | None:
+    def native_linears(self, stems: list[str], x: Any, n: int) -> tuple[LinearsOp, int] | None:
         """The structure for linears side by side, all but where they write, and the tensor that their encoded input
         lies in; None where they are not all ours."""
         table = self.events if isinstance(x, Spikes) else self.dense
         if not all(stem in table for stem in stems):
             return None
         linears = [table[stem] for stem in stems]
-        op = LinearsOp(n=self.n, count=len(linears))
+        op = LinearsOp(n=n, count=len(linears))
         if isinstance(x, Spikes):
             source = x.tensor
             self.at(op, "counts", source)
-            self.at(op, "thresholds", source, self.n * x.width * 4)
-            op.fetched = self.fetched.ctypes.data
-            self.event_bytes += sum(linear.nbytes for linear in linears)
+            self.at(op, "thresholds", source, n * x.width * 4)
+            op.traffic = self.traffic.ctypes.data
         else:
-            source = self.blocks(op, x, self.n)
-        self.side_by_side(op, linears)
-        return op, source
-
-    @staticmethod
-    def side_by_side(op: LinearsOp, linears: list[NativeLinear]) -> None:
+            source = self.blocks(op, x, n)
         for index, linear in enumerate(linears):
             op.weights[index], op.kinds[index] = ctypes.addressof(linear.struct), linear.kind
             op.columns[index] = op.y_stride
             op.y_stride += linear.out
+            op.bytes += linear.nbytes
+        return op, source
 
     def blocks(self, linears: LinearsOp, x: int, n: int) -> int:
         """Encode x (width, n) for dense weights and tell `linears` where that lies; returns the tensor."""

@@ -5,7 +5,6 @@ kernels and the bodies of our ops allow (see export/onnx/ops.py). Nothing is cop
 """
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from sbedge.config import WEIGHT_GROUP, ModelConfig
 from sbedge.errors import EngineUnavailable, ModelFileError, StateError
 from sbedge.state import State, state_layout
 
-from .engine import Logits, checked_ids
+from .engine import Logits, checked_ids, default_threads
 from .native.library import load_native
 from .onnx_folder import io_names, open_folder, read_fingerprint
 from .onnx_native import register_kernels
@@ -45,7 +44,7 @@ class OnnxEngine:
         self.config: ModelConfig = config
         self.fingerprint = read_fingerprint(folder / "config.json")
         self.layout = state_layout(self.config)
-        threads = threads or available_cpus()
+        threads = threads or default_threads()
         options = session_options(threads, ops)
         library = load_native()
         self.traffic = register_kernels(options, library, threads) if library else None
@@ -138,10 +137,6 @@ def open_session(folder: Path, options: ort.SessionOptions) -> ort.InferenceSess
         reason = " ".join(str(error).split())[:300]
         raise ModelFileError(f"{folder / 'model.onnx'}: onnxruntime {ort.__version__} cannot load it ({reason}); "
                              "export it again, or update onnxruntime") from None
-
-
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def chunk_tokens(config: ModelConfig) -> int:

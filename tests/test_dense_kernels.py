@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isas import BEST, ISAS, lib
 
-from sbedge.runtime.native.library import Dense, load_native
+from sbedge.runtime.native.library import Dense
 
-lib = load_native()
-if lib is None:
-    pytest.skip("libsbedge is not built here", allow_module_level=True)
-
-BEST = lib.isa()
-ISAS = [name for name in ("scalar", "avx2", "avxvnni", "avx512vnni", "neon") if lib.set_isa(name.encode()) == 0]
-lib.set_isa(BEST)
 TYPES = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_0}
 
 

@@ -295,3 +295,21 @@ def test_an_interrupt_during_a_run_leaves_the_state_as_after_it(tmp_path):
         engine.f = functions
     assert interrupted == whole
     np.testing.assert_array_equal(engine.forward(ids[8:], interrupted), engine.forward(ids[8:], whole))
+
+
+def test_traffic_is_of_the_passes_that_ran(tmp_path):
+    """64 tokens share a pass over the weights; linears whose outputs nobody asked for do not run and do not count."""
+    engine = export(write_tiny_checkpoint(tmp_path / "c"), tmp_path / "m.gguf", "w8-spike")
+    if engine._native is None:
+        pytest.skip("only the native kernels leave silent channels out")
+
+    def dense(count, logits):
+        before = engine.traffic.fetched, engine.traffic.dense
+        engine.forward(ids_of(engine.config, count), engine.new_state(), logits=logits)
+        fetched, stored = engine.traffic.fetched - before[0], engine.traffic.dense - before[1]
+        assert 0 < fetched <= stored
+        return stored
+
+    stored = sum(t.nbytes for name, t in engine._file.tensors.items() if name.endswith(".codes"))
+    assert [dense(count, "last") for count in (1, 64, 65, 200)] == [stored, stored, 2 * stored, 4 * stored]
+    assert dense(1, "none") < stored

@@ -9,21 +9,14 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isas import BEST, ISAS
+from isas import lib as LIBRARY
 from onnx import TensorProto, helper, numpy_helper
 
 from sbedge.export.onnx import events, ops
 from sbedge.export.onnx.spike_ops import GROUPS
 from sbedge.quant.event_layout import quantize_w4, to_stripes
 from sbedge.reference import rope_angles
-from sbedge.runtime.native.library import load_native
-
-LIBRARY = load_native()
-if LIBRARY is None:
-    pytest.skip("libsbedge is not built here", allow_module_level=True)
-
-BEST = LIBRARY.isa()
-ISAS = [name for name in ("scalar", "avx2", "avxvnni", "avx512vnni", "neon") if LIBRARY.set_isa(name.encode()) == 0]
-LIBRARY.set_isa(BEST)
 
 
 @pytest.fixture(params=ISAS)

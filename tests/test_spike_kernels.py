@@ -10,17 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isas import BEST, ISAS, lib
 
 from sbedge.quant.event_layout import pack_nibbles, residual_rows, split_codes, to_stripes
-from sbedge.runtime.native.library import W4, W8, load_native
-
-lib = load_native()
-if lib is None:
-    pytest.skip("libsbedge is not built here", allow_module_level=True)
-
-BEST = lib.isa()
-ISAS = [name for name in ("scalar", "avx2", "avxvnni", "avx512vnni", "neon") if lib.set_isa(name.encode()) == 0]
-lib.set_isa(BEST)
+from sbedge.runtime.native.library import W4, W8
 
 
 @pytest.fixture(params=ISAS)

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sbedge.apps.options import add_engine, add_model
+from sbedge.apps.options import add_engine, add_model, add_text
 from sbedge.apps.progress import progress_bar
 from sbedge.apps.text import one_line
 from sbedge.errors import InputError
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ("examples:\n  sbedge perplexity model-q4_0.gguf --text prose.txt\n"
                      "  sbedge perplexity model-q4_0.gguf --text prose.txt --against CHECKPOINT --tokens 2000")
     add_model(parser)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text; all of it is plain text")
+    add_text(parser)
     parser.add_argument("--against", metavar="OTHER",
                         help="another export of the same model, or its checkpoint folder (exact and slow)")
     parser.add_argument("--tokens", type=int, metavar="N", help="stop after N tokens (default: the whole text)")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sbedge.apps.commands.inspect import size
 from sbedge.apps.commands.perplexity import text_pieces
-from sbedge.apps.options import add_engine, add_model
+from sbedge.apps.options import add_engine, add_model, add_text
 from sbedge.apps.spike_report import FIGURES, PUBLISHED, record, skipped_bytes, summarize, sweep
 from sbedge.apps.text import one_line
 from sbedge.config import ModelConfig
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ("examples:\n  sbedge spikes model-w8-spike.gguf --text prose.txt\n"
                      "  sbedge spikes CHECKPOINT --text prose.txt --spike-k 4 --plots plots")
     add_model(parser)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text; all of it is plain text")
+    add_text(parser)
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N",
                         help=f"read the first N tokens of it (default {TOKENS})")
     parser.add_argument("--spike-k", type=float, metavar="K",

@@ -11,16 +11,17 @@ namespace {
 
 constexpr int BLOCK = 32;           // weights that share a scale
 constexpr int QUADS = BLOCK / 4;
+constexpr int AHEAD = 4096;         // bytes of rows that are fetched ahead of their use
 
 template <int BITS>
 struct Format;
 template <>
 struct Format<8> {
-    static constexpr int BYTES = 34, AHEAD = 4096;  // of a block; how far ahead of their use rows are fetched
+    static constexpr int BYTES = 34;    // of a block
 };
 template <>
 struct Format<4> {
-    static constexpr int BYTES = 18, AHEAD = 4096;
+    static constexpr int BYTES = 18;
 };
 
 inline uint16_t half_at(const uint8_t* p) {
@@ -92,7 +93,7 @@ void dense_row(const uint8_t* row, const Encoded& x, float bias, float* y, int64
     };
     int64_t b = 0;
     for (; b + LOT <= blocks; b += LOT) {
-        for (int i = 0; i < LOT * BYTES; i += 64) __builtin_prefetch(row + Format<BITS>::AHEAD + i);
+        for (int i = 0; i < LOT * BYTES; i += 64) __builtin_prefetch(row + AHEAD + i);
         for (int j = 0; j < LOT; ++j) add(b + j, j % CHAINS);
     }
     for (; b < blocks; ++b) add(b, 0);

@@ -18,11 +18,7 @@ int threads(const sbedge_pool* pool) { return pool ? sbedge_pool_threads(pool) :
 
 void encode(void* userdata, int ith, int nth) {
     const auto* op = static_cast<const sbedge_op_encode*>(userdata);
-    if (op->norm_weight)
-        sbedge_norm_spike_encode(op->x, op->norm_weight, op->eps, op->n, op->width, op->k, op->dead_zone, nullptr,
-                                 op->counts, op->thresholds, ith, nth);
-    else
-        sbedge_spike_encode(op->x, op->n, op->width, op->k, op->dead_zone, op->counts, op->thresholds, ith, nth);
+    sbedge_spike_encode(op->x, op->n, op->width, op->k, op->dead_zone, op->counts, op->thresholds, ith, nth);
 }
 
 void block_encode(void* userdata, int ith, int nth) {
@@ -50,7 +46,10 @@ void linears(void* userdata, int ith, int nth) {
     const auto* op = static_cast<const sbedge_op_linears*>(userdata);
     int64_t fetched = 0;
     for (int64_t i = 0; i < op->count; ++i) fetched += linear(op, i, ith, nth);
-    if (op->fetched) __atomic_fetch_add(op->fetched, fetched, __ATOMIC_RELAXED);
+    if (op->traffic) {
+        __atomic_fetch_add(&op->traffic[0], fetched, __ATOMIC_RELAXED);
+        if (ith == 0) __atomic_fetch_add(&op->traffic[1], op->bytes * sbedge::passes(op->n), __ATOMIC_RELAXED);
+    }
     if (!op->gated) return;
     // Gate and up are as wide as each other, so this thread has made both halves of its own columns.
     const int64_t width = op->columns[1];

@@ -15,11 +15,11 @@ extern "C" {
 
 #define SBEDGE_MAX_LINEARS 4
 
-/* x [n, width], normalized first if norm_weight is given -> counts [n, width], thresholds [n] */
+/* x [n, width] -> counts [n, width], thresholds [n] */
 typedef struct {
     sbedge_pool* pool;
-    const float *x, *norm_weight;
-    float eps, k, dead_zone;
+    const float* x;
+    float k, dead_zone;
     int64_t n, width;
     int32_t* counts;
     float* thresholds;
@@ -54,7 +54,8 @@ typedef struct {
     float* y;
     int64_t y_stride, gated;
     float* out;
-    int64_t* fetched; /* weight bytes read are added here */
+    int64_t bytes;    /* of all the weights */
+    int64_t* traffic; /* [2]: weight bytes read, and those there are, are added here; NULL for dense weights */
 } sbedge_op_linears;
 
 typedef struct {

@@ -11,7 +11,7 @@ _P, _I64, _F32 = c.c_void_p, c.c_int64, c.c_float
 
 
 class EncodeOp(c.Structure):
-    _fields_ = (("pool", _P), ("x", _P), ("norm_weight", _P), ("eps", _F32), ("k", _F32), ("dead_zone", _F32),
+    _fields_ = (("pool", _P), ("x", _P), ("k", _F32), ("dead_zone", _F32),
                 ("n", _I64), ("width", _I64), ("counts", _P), ("thresholds", _P))
 
 
@@ -23,7 +23,7 @@ class LinearsOp(c.Structure):
     _fields_ = (("pool", _P), ("counts", _P), ("thresholds", _P), ("codes", _P), ("scales", _P), ("sums", _P),
                 ("n", _I64), ("count", _I64), ("weights", _P * MAX_LINEARS), ("kinds", _I64 * MAX_LINEARS),
                 ("columns", _I64 * MAX_LINEARS), ("y", _P), ("y_stride", _I64),
-                ("gated", _I64), ("out", _P), ("fetched", _P))
+                ("gated", _I64), ("out", _P), ("bytes", _I64), ("traffic", _P))
 
 
 class GlaOp(c.Structure):

@@ -9,6 +9,10 @@ namespace sbedge {
 
 // Outputs are handed to threads in multiples of this, so that no two threads share a cache line of floats.
 constexpr int64_t OUTPUT_BLOCK = 64;
+constexpr int64_t TOKEN_BLOCK = 64;     // tokens that share one pass over the weights in prefill
+
+// Times that a product of n tokens passes over its weights.
+static inline int64_t passes(int64_t n) { return (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK; }
 
 struct LinearKernels {
     decltype(&sbedge_spike_encode) spike_encode;

@@ -205,7 +205,7 @@ void SpikeLinears<Weight, M>::multiply(Run& run, const Weight (&weights)[M]) con
             fetched += Weight::matmul(&layers[m], counts, threshold.as<float>(), n, y[m], layers[m].out, ith, nth);
         run.registration.fetched += fetched;
     });
-    for (int m = 0; m < M; ++m) run.registration.dense += Weight::bytes(layers[m]);
+    for (int m = 0; m < M; ++m) run.registration.dense += Weight::bytes(layers[m]) * passes(n);
 }
 
 template class SpikeLinears<Int8Weight, 1>;

@@ -1,5 +1,6 @@
-// A Backend for spike_impl.h and dense.h out of any instruction set with a 4-way byte dot product. Four live rows are interleaved to
-// [output][4 rows], so that one instruction adds four rows into the int32 sums of a vector of outputs. Isa gives
+// A Backend for spike_impl.h and dense.h out of any instruction set with a 4-way byte dot product. Four live rows are
+// interleaved to [output][4 rows], so that one instruction adds four rows into the int32 sums of a vector of outputs.
+// Isa gives
 //   V, BYTES               a vector and its size; Narrow: the same with BYTES <= 32
 //   LIMIT, OFFSET, TOKENS  as in Backend
 //   load, store, broadcast (four counts), zero, low and high (nibbles of bytes), code (stored byte -> what dot takes)
@@ -7,8 +8,7 @@
 //   interleave(r)          4 rows -> 4 vectors; within each 128-bit lane l, vector k holds bytes 16 l + 4 k + 0..3
 //   lanes(v)               4 such vectors (or their int32 sums) -> outputs in their natural order
 //   dot(sums, codes, counts), and whole_dot for counts beyond LIMIT
-//   block8, block4(block, x, offset)    a block of 32 codes times x as int32 lanes that sum up to it (Lanes)
-//   transpose(rows)                     4 rows of 4 dwords
+//   widen (float16), Quad, and Row of Narrow: as dense.h has them
 #pragma once
 
 #include "dense.h"
