@@ -1,6 +1,7 @@
 """What the machine gives and what this process takes: for `sbedge bench` and the scripts of benchmarks/."""
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,12 @@ def read_bandwidth(threads: int, nbytes: int = 1 << 29, repeats: int = 10) -> fl
 def random_ids(count: int, vocab_size: int, seed: int = 0) -> list[int]:
     """Token ids to fill a context with; the first three are often special and left out."""
     return np.random.default_rng(seed).integers(min(3, vocab_size - 1), min(vocab_size, 30_000), count).tolist()
+
+
+def resident_bytes() -> int:
+    """Bytes of memory this process holds now (Linux)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_rss() -> int | None:

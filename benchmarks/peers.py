@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, default=0)
     parser.add_argument("--jump", action="store_true", help="fill a deep context without reading all of it")
+    parser.add_argument("--flash-attention", choices=["off", "on", "both"], default="both", help="of llama.cpp")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
@@ -162,7 +163,8 @@ def main() -> None:
 
     n_ctx = max(args.depth + args.tokens, args.prefill) + 64
     # The peer first: its package's libraries are then the process's one copy.
-    peers = [LlamaCpp(args.peer, args.threads, n_ctx, flash) for flash in (False, True)]
+    peers = [LlamaCpp(args.peer, args.threads, n_ctx, flash) for flash in (False, True)
+             if args.flash_attention in ("both", "on" if flash else "off")]
     contestants: list[Contestant] = [*peers, *(Sbedge(path, args.threads) for path in args.ours)]
     prompt = random_ids(args.prefill, peers[0].vocab)
     for contestant in contestants:

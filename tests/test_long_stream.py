@@ -8,6 +8,7 @@ import pytest
 from compare import assert_close, run
 from tiny import write_tiny_checkpoint
 
+from sbedge.apps.measure import resident_bytes
 from sbedge.checkpoint import Checkpoint
 from sbedge.export import export_model
 from sbedge.quant.ggml_library import ggml_available
@@ -18,11 +19,6 @@ TOKENS, SETTLED, CHUNK, SINGLE = 200_000, 10_000, 400, 2_000
 GROWTH = 5 << 20
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads resident memory from /proc")
-
-
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="module")
