@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sbedge.errors import InputError
-from sbedge.runtime.load import ENGINES
+from sbedge.runtime.load import ENGINES, WINDOW_TYPES
 from sbedge.runtime.sampling import Sampling
 
 
@@ -23,6 +23,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="auto",
                         help="default: the one that runs MODEL; reference is plain NumPy, exact and slow")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each physical core")
+    parser.add_argument("--window", choices=WINDOW_TYPES, default="f32",
+                        help="what keeps keys and values of the sliding windows (default f32); f16, for GGUF files, "
+                             "takes half the memory")
+
+
+def engine_options(args: argparse.Namespace) -> tuple[str, int | None, str]:
+    """What `add_engine` asked for, as `load` and `open_engine` take it after the path."""
+    return args.engine, args.threads, args.window
 
 
 def add_prompt(parser: Any) -> None:

@@ -65,10 +65,15 @@ class StateView:
         return G, d
 
     def sizes(self) -> dict[str, Any]:
-        """What must be alike in two states for them to be compared."""
+        """What must be alike in two states for them to be compared, but for windows of different float types."""
         return {"layers": "".join("G" if parts == GLA else "W" for parts in self.layers),
                 "kv_heads": self.heads[0], "head_size": self.heads[1], "sliding_window": self.window,
-                "window_type": "int8" if INT8_WINDOW in self.layers else "float32"}
+                "window_type": self._window_type()}
+
+    def _window_type(self) -> str:
+        """Of keys and values; "float32" where there are no windows."""
+        types = {array.dtype for name, array in self.arrays.items() if name.endswith((".keys", ".values"))}
+        return max((kind.name for kind in types), default="float32")
 
     def info(self) -> dict[str, Any]:
         """What `sbedge state info --json` prints."""
@@ -87,6 +92,8 @@ class StateView:
         `max_abs` is null where there is nothing to compare, or no finite answer. StateError if the sizes differ.
         """
         mine, theirs = self.sizes(), other.sizes()
+        if {mine["window_type"], theirs["window_type"]} == {"float16", "float32"}:
+            theirs["window_type"] = mine["window_type"]
         if key := next((key for key in mine if mine[key] != theirs[key]), None):
             raise StateError(f"{other.path}: {key} is {theirs[key]}, that of {self.path} is {mine[key]}; only states "
                              "of one model can be compared")

@@ -1,14 +1,15 @@
 """A million tokens through one state: does a token cost the same at the end, in time and in memory?
 
-    python benchmarks/soak.py MODEL [--peer LLAMA.gguf] [--tokens 1000000] [-o soak.csv] [--plot soak.svg]
+    python benchmarks/soak.py MODEL [--peer LLAMA.gguf] [--tokens 1000000] [-o soak.csv]
+    python benchmarks/soak_plot.py soak.csv soak.svg
 
 MODEL reads one window to warm up, decodes `--ends` tokens one by one, reads on in chunks, and decodes the last `--ends`
 tokens one by one. After that:
 
     in turns     the state that was copied after the first `--ends` tokens and the one at the end decode by turns, so
                  that a machine that is faster or slower by then changes nothing
-    rope         two fresh states, one placed a million tokens further on, are given the same tokens: where rotations
-                 are exact their logits are the same, because attention sees distances only
+    rope         two fresh states, one placed a million tokens further on, are given the same tokens; the keys of the
+                 first window layer, turned back in float64 by the angles of their positions, must be the same
 
 The peer, a transformer of the same shape on llama.cpp, reads the same chunks and decodes a few tokens after each
 doubling, until `--peer-minutes` are over. Each runs in a process of its own, whose resident memory is recorded.
@@ -115,13 +116,24 @@ def in_turns(engine: Any, early: Any, late: Any, steps: int = 100) -> float:
 
 
 def rope_difference(engine: Any, far: int) -> float:
-    """Largest difference between logits of the same tokens in an empty window, read near the start and `far` on."""
-    window = engine.config.sliding_window
-    near, beyond = engine.new_state(), engine.new_state()
-    near.position, beyond.position = window, (far // window + 1) * window       # the same slots of the ring
-    ids = random_ids(min(256, window), engine.config.vocab_size)
-    first, second = (engine.forward(ids, state, logits="all") for state in (near, beyond))
-    return float(np.abs(first - second).max())
+    """Largest difference of keys of the same tokens at position 0 and `far` on, turned back; over the largest key."""
+    ids = random_ids(min(256, engine.config.sliding_window), engine.config.vocab_size)
+    keys = []
+    for position in (0, far):
+        state = engine.new_state()
+        state.position = position
+        engine.forward(ids, state, logits="none")
+        keys.append(turned_back(engine.config, state, np.arange(position, position + len(ids))))
+    return float(np.abs(keys[0] - keys[1]).max() / np.abs(keys[0]).max())
+
+
+def turned_back(config: Any, state: Any, positions: np.ndarray) -> np.ndarray:
+    """Keys [n, G, d] of the first window layer as they were before their rotation."""
+    ring, half = state.arrays[f"{min(config.attn_layers)}.keys"], config.head_dim // 2
+    x = ring[positions % len(ring)].astype(np.float64)
+    angles = positions[:, None, None] * config.rope_theta ** (-np.arange(half) / half)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([x[..., :half] * cos + x[..., half:] * sin, x[..., half:] * cos - x[..., :half] * sin], -1)
 
 
 # --- llama.cpp ---------------------------------------------------------------------------------------
@@ -186,7 +198,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-minutes", type=float, default=6)
     parser.add_argument("-o", "--out", type=Path, default=Path("soak.csv"))
-    parser.add_argument("--plot", type=Path, help="a picture of the samples; needs matplotlib")
     args = parser.parse_args()
     plan = Plan(args.tokens, args.ends, args.chunk, args.threads, args.peer_minutes)
     samples, found = in_own_process(soak, args.model, plan)
@@ -198,9 +209,6 @@ def main() -> None:
     write_csv(args.out, samples)
     for key, value in result.items():
         print(f"{key:22} {value}")
-    if args.plot:
-        from soak_plot import draw
-        draw(args.plot, samples)
 
 
 if __name__ == "__main__":

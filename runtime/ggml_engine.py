@@ -9,13 +9,13 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from sbedge.config import ModelConfig
-from sbedge.errors import EngineUnavailable, StateError
+from sbedge.errors import EngineUnavailable, InputError, StateError
 from sbedge.gguf_format import config_from_metadata, source_fingerprint
 from sbedge.gguf_reader import read_gguf
 from sbedge.quant.ggml_library import load_ggml
@@ -44,19 +44,22 @@ class Traffic:
 class GgmlEngine:
     """Engine over a GGUF file; `metadata` holds the file's keys (the tokenizer's among them).
 
-    threads  defaults to the cores this process may use
-    traffic  counts the weight bytes that silent channels saved
+    threads      defaults to the cores this process may use
+    half_window  keep the windows' keys and values in float16; InputError where no kernels are there for that
+    traffic      counts the weight bytes that silent channels saved
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None):
+    def __init__(self, path: str | Path, *, threads: int | None = None, half_window: bool = False):
         self.path = Path(path)
         self.f = load_ggml().f
         self._file = read_gguf(self.path)
         self.metadata = self._file.metadata
         self.config: ModelConfig = config_from_metadata(self.metadata, str(self.path))
         self.fingerprint = source_fingerprint(self.metadata)
-        self._layout = state_layout(self.config)
         self._weights = GgmlWeights(self._file, self.config)
+        if half_window:
+            self.config = self._with_half_window()
+        self._layout = state_layout(self.config)
         self.traffic = Traffic()
         self.threads = threads or default_threads()
         self._native = self._weights.native
@@ -66,6 +69,14 @@ class GgmlEngine:
         self._bound: weakref.WeakKeyDictionary[State, _Bound] = weakref.WeakKeyDictionary()
         self._batch: tuple[list[int], Graph] | None = None
         self._lock = threading.Lock()
+
+    def _with_half_window(self) -> ModelConfig:
+        if self.config.int8_window:
+            raise InputError(f"{self.path}: a W8ASpike model keeps its windows in int8; load it without window 'f16'")
+        if not self._weights.native:
+            raise InputError(f"{self.path}: float16 windows need the native kernels, which are not there; load it "
+                             "without window 'f16', or install a C++ compiler and sbedge once more")
+        return replace(self.config, half_window=True)
 
     def new_state(self) -> State:
         return State(self.config, self.fingerprint)

@@ -19,7 +19,7 @@ from sbedge.reference import QUERY_SPIKE_K
 from .ggml_linears import NativeLinear
 from .ggml_model import F4, Forward
 from .native.ggml_ops import BlockEncodeOp, EncodeOp, GlaOp, LinearsOp, WindowOp
-from .native.library import F32, INT8, NativeLibrary, Ring
+from .native.library import F16, F32, INT8, NativeLibrary, Ring
 
 ALL_THREADS = -1        # ggml's GGML_N_TASKS_MAX
 
@@ -183,7 +183,8 @@ class NativeForward(Forward):
 
     def ring_of(self, i: int, arrays: Mapping[str, np.ndarray]) -> Ring:
         c = self.config
-        ring = Ring(c.sliding_window, c.num_key_value_heads, c.head_dim, type=INT8 if c.int8_window else F32)
+        kind = INT8 if c.int8_window else F16 if c.half_window else F32
+        ring = Ring(c.sliding_window, c.num_key_value_heads, c.head_dim, type=kind)
         for name in ("keys", "values", "key_scales", "value_scales"):
             array = arrays.get(f"{i}.{name}")
             setattr(ring, name, None if array is None else array.ctypes.data)

@@ -16,17 +16,20 @@ if TYPE_CHECKING:
 Kind = Literal["gguf", "onnx", "checkpoint"]
 ENGINE_OF: dict[str, str] = {"gguf": "ggml", "onnx": "onnx", "checkpoint": "reference"}
 ENGINES = ("auto", *ENGINE_OF.values())
+WINDOW_TYPES = ("f32", "f16")
 WHAT = {"gguf": "a GGUF file", "onnx": "an ONNX folder", "checkpoint": "a checkpoint folder"}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 EXPECTED = "expected a .gguf file, a folder with model.onnx, or a checkpoint folder with safetensors"
 
 
-def load(path: str | Path, engine: str = "auto", threads: int | None = None) -> Session:
+def load(path: str | Path, engine: str = "auto", threads: int | None = None, window: str = "f32") -> Session:
     """A session on a GGUF file, an ONNX folder, or a checkpoint folder.
 
     engine   "auto" takes the one that runs the file: "ggml", "onnx", or, for a checkpoint folder, "reference"
              (plain NumPy: exact and slow; export the checkpoint to run it fast)
     threads  None: as many as there are physical cores
+    window   "f16" keeps keys and values of the sliding windows in half the memory (GGUF files, native kernels): faster
+             where windows are full, and as exact as float16 is. Saved states move between both.
 
     Raises ModelFileError or CheckpointError if there is no sound model at `path`, EngineUnavailable if a library
     is not installed, TokenizerError if the tokenizer does not fit. A model without a tokenizer loads, too: it
@@ -34,7 +37,7 @@ def load(path: str | Path, engine: str = "auto", threads: int | None = None) -> 
     """
     from .session import Session
 
-    running = open_engine(path, engine, threads)
+    running = open_engine(path, engine, threads, window)
     tokenizer = open_tokenizer(path, running.config.vocab_size)
     return Session(running, ids_only(running.config, path) if tokenizer is None else tokenizer)
 
@@ -54,14 +57,19 @@ def model_kind(path: str | Path, engine: str = "auto") -> Kind:
                      "the engine out, or export the checkpoint for that engine")
 
 
-def open_engine(path: str | Path, engine: str = "auto", threads: int | None = None) -> Engine:
+def open_engine(path: str | Path, engine: str = "auto", threads: int | None = None, window: str = "f32") -> Engine:
     """The engine alone, for token ids; arguments and errors as `load`."""
     kind = model_kind(path, engine)
     if threads is not None and not 1 <= threads <= 1024:
         raise InputError(f"threads is {threads}, expected a whole number from 1 to 1024")
+    if window not in WINDOW_TYPES:
+        raise InputError(f"window is {window!r}, expected one of {', '.join(WINDOW_TYPES)}")
     if kind == "gguf":
         from .ggml_engine import GgmlEngine
-        return GgmlEngine(path, threads=threads)
+        return GgmlEngine(path, threads=threads, half_window=window == "f16")
+    if window != "f32":
+        raise InputError(f"{path}: {WHAT[kind]} keeps its windows in float32, found window {window!r}; leave that out "
+                         "or export a GGUF file")
     if kind == "onnx":
         from .onnx_engine import OnnxEngine
         return OnnxEngine(path, threads=threads)

@@ -20,8 +20,8 @@ class ModelConfig:
     """Sizes and switches of one model; field names are the keys of config.json.
 
     `attn_layers` lists the sliding-window layers, all others are GLA. The fields from `gate_rank` on are not in
-    config.json: they follow from which tensors a checkpoint holds (`Checkpoint` fills them in) and, for a base
-    checkpoint exported with spikes, from the export's options.
+    config.json: they follow from which tensors a checkpoint holds (`Checkpoint` fills them in), for a base checkpoint
+    exported with spikes from the export's options, and from how a model is loaded.
     """
 
     hidden_size: int
@@ -43,6 +43,7 @@ class ModelConfig:
     int8_window: bool = False           # W8ASpike's attention: keys and values as int8 codes, queries spiked
     spike_down: bool = False            # the input of down_proj spikes, too (the published W8ASpike leaves it out)
     dead_zone: float = 0.0              # channels with |x| < dead_zone * mean|x| are silent
+    half_window: bool = False           # keys and values as float16: chosen when a model is loaded, nothing of its own
 
     @property
     def head_dim(self) -> int:
@@ -115,7 +116,7 @@ class ModelConfig:
 
 
 PUBLISHED_KEYS = {f.name for f in fields(ModelConfig)} - {"gate_rank", "spike_k", "int8_window", "spike_down",
-                                                         "dead_zone"}
+                                                         "dead_zone", "half_window"}
 
 
 def _check_architecture(raw: Mapping[str, Any], source: str) -> None:

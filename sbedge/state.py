@@ -3,8 +3,8 @@
 Canonical layout, shared by all engines (they read and write these very buffers). For each layer, in order:
 
     GLA layer i             "{i}.recurrent_state"  [G, d_k, d_v] float32
-    sliding-window layer i  "{i}.keys"             [W, G, d]     float32 | int8   rotated; slot = position % W
-                            "{i}.values"           [W, G, d]     float32 | int8
+    sliding-window layer i  "{i}.keys"             [W, G, d]     float32 | float16 | int8   rotated; slot = position % W
+                            "{i}.values"           [W, G, d]     float32 | float16 | int8
       (int8 only)           "{i}.key_scales"       [W, G]        float32          key = code * scale
                             "{i}.value_scales"     [W, G]        float32
 
@@ -22,12 +22,14 @@ from .errors import StateError
 from .state_file import StateFile, write_state_file
 
 ALIGNMENT = 64
+FLOAT_WINDOWS = {np.dtype(np.float32), np.dtype(np.float16)}       # types of a window that files turn into each other
+HALF_MAX = 65504.0
 
 
 def state_layout(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Name -> (shape, dtype) of every array of a state of `config`."""
     G, d, W = config.num_key_value_heads, config.head_dim, config.sliding_window
-    cache = np.dtype(np.int8 if config.int8_window else np.float32)
+    cache = np.dtype(np.int8 if config.int8_window else np.float16 if config.half_window else np.float32)
     layout: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for i in range(config.num_hidden_layers):
         if not config.is_window_layer(i):
@@ -148,7 +150,19 @@ def load_state(path: str | Path, config: ModelConfig, fingerprint: str | None = 
         wanted = dict(state.arrays) if file.is_old else state.written()
         if "last_logits" in file.entries:
             wanted["last_logits"] = state.last_logits = np.empty(config.vocab_size, np.float32)
-        return state, file.read(wanted)
+        others = {name: np.empty(array.shape, file.entries[name].dtype) for name, array in wanted.items()
+                  if file.entries[name].dtype != array.dtype}
+        texts = file.read({**wanted, **others})
+        for name, values in others.items():
+            wanted[name][...] = as_window(values, wanted[name].dtype)
+        return state, texts
+
+
+def as_window(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A window's keys or values in another float type; float16 takes what is beyond its largest number as that."""
+    if dtype == np.float16:
+        values = np.clip(values, -HALF_MAX, HALF_MAX)
+    return values.astype(dtype)
 
 
 def check_source(found: str | None, expected: str | None, what: str) -> None:
@@ -179,6 +193,8 @@ def _check_arrays(file: StateFile, config: ModelConfig, position: int) -> None:
         entry = file.entries.get(name)
         if entry is None and name in wanted:
             raise file.error(f"{name} is missing; the state belongs to another model")
+        if entry is not None and is_ring(name) and {entry.dtype, dtype} == FLOAT_WINDOWS:
+            dtype = entry.dtype
         if entry is not None and (entry.shape, entry.dtype) != (shape, dtype):
             raise file.error(f"{name} is {entry}, expected {dtype.name} {list(shape)}; the state belongs to another "
                              "model")

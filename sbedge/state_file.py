@@ -28,7 +28,8 @@ FORMAT = "sbedge-state-2"
 FORMERLY = "sbedge-state-1"         # whole windows, extras in the metadata, no checksum, no fingerprint
 MAX_HEADER = 100_000_000            # as in the safetensors library
 MAX_STRUCTURE = 1 << 20             # characters of JSON outside its texts, and quotes: bounds what they can become
-DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "I8": np.dtype("i1"), "U8": np.dtype("u1")}
+DTYPES: dict[str, np.dtype] = {name: np.dtype(code) for name, code in
+                              {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1"}.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 EXTRA = "extra."                    # arrays of ours that hold a text
 OLD_METADATA = ("format", "position")   # in the first format; what else stood there was the caller's

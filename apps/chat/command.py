@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sbedge.apps.options import add_engine, add_model, add_sampling, sampling_from
+from sbedge.apps.options import add_engine, add_model, add_sampling, engine_options, sampling_from
 from sbedge.errors import InputError
 from sbedge.runtime.load import load
 from sbedge.runtime.session import Session
@@ -40,7 +40,7 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     sampling = sampling_from(args)
-    session = load(args.model, args.engine, args.threads)
+    session = load(args.model, *engine_options(args))
     session.sampling = sampling
     start(session, args.model, args)
 

@@ -29,7 +29,7 @@ from sbedge.apps.commands.inspect import (
 )
 from sbedge.apps.demo_model import cache_folder
 from sbedge.apps.measure import peak_rss, random_ids, read_bandwidth, timed
-from sbedge.apps.options import add_engine
+from sbedge.apps.options import add_engine, engine_options
 from sbedge.apps.progress import progress_bar
 from sbedge.apps.synthetic import SHAPES, config_json, write_checkpoint
 from sbedge.apps.text import one_line
@@ -125,7 +125,7 @@ class Bench:
         self.contents, self.args, self.config = contents, args, contents.config
         self.threads = args.threads or default_threads()
         start = time.perf_counter()
-        self.engine: Engine = open_engine(model, args.engine, args.threads)
+        self.engine: Engine = open_engine(model, *engine_options(args))
         self.state: State = self.engine.new_state()
         self.step(random_ids(1, self.config.vocab_size)[0])
         self.load_seconds = time.perf_counter() - start

@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sbedge.apps.options import add_engine, add_model, add_prompt, add_sampling, read_prompt, read_text, sampling_from
+from sbedge.apps.options import (
+    add_engine,
+    add_model,
+    add_prompt,
+    add_sampling,
+    engine_options,
+    read_prompt,
+    read_text,
+    sampling_from,
+)
 from sbedge.errors import InputError
 from sbedge.runtime.generate import Piece, Timings
 from sbedge.runtime.load import load
@@ -37,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     sampling = sampling_from(args, args.logprobs)
     if not prompt:
         raise InputError("the prompt is empty; give at least one character")
-    session = load(args.model, args.engine, args.threads)
+    session = load(args.model, *engine_options(args))
     pieces = []
     for piece in session.generate(prompt, max_tokens=args.max_tokens, stop=args.stop, sampling=sampling):
         pieces.append(piece)

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sbedge.apps.files import new_file
-from sbedge.apps.options import add_engine, add_model
+from sbedge.apps.options import add_engine, add_model, engine_options
 from sbedge.errors import InputError
 from sbedge.runtime.engine import Engine, checked_ids
 from sbedge.runtime.load import open_engine
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.chunk < 1:
         raise InputError(f"--chunk is {args.chunk}, expected at least 1")
     with new_file(args.output, force=args.force) as temporary:
-        engine = open_engine(args.model, args.engine, args.threads)
+        engine = open_engine(args.model, *engine_options(args))
         ids = checked_ids(read_ids(args.ids, args.ids_file), engine.config)
         with temporary.open("wb") as file:
             write_logits(file, engine, ids, args.chunk)

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sbedge.apps.options import add_engine, add_model, add_text
+from sbedge.apps.options import add_engine, add_model, add_text, engine_options
 from sbedge.apps.progress import progress_bar
 from sbedge.apps.text import one_line
 from sbedge.errors import InputError
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.tokens is not None and args.tokens < 2:
         raise InputError(f"--tokens is {args.tokens}, expected at least 2: the first has nothing before it")
     args.text.open("rb").close()        # a missing text is found before a model is loaded
-    engine = open_engine(args.model, args.engine, args.threads)
+    engine = open_engine(args.model, *engine_options(args))
     model = Predictions(engine, args.model)
     reader: Predictions | Comparison = model
     if args.against is not None:

@@ -12,7 +12,16 @@ from sbedge.apps.commands.generate import reply_object
 from sbedge.apps.commands.inspect import size
 from sbedge.apps.commands.logits import read_ids
 from sbedge.apps.files import new_file
-from sbedge.apps.options import add_engine, add_model, add_prompt, add_sampling, read_prompt, read_text, sampling_from
+from sbedge.apps.options import (
+    add_engine,
+    add_model,
+    add_prompt,
+    add_sampling,
+    engine_options,
+    read_prompt,
+    read_text,
+    sampling_from,
+)
 from sbedge.apps.state_view import StateView
 from sbedge.apps.text import one_line
 from sbedge.runtime.load import load
@@ -59,7 +68,7 @@ def run_save(args: argparse.Namespace) -> None:
         prompt: Any = prompt_of(args)
         if prompt is None:
             prompt = read_ids(args.ids, args.ids_file)
-        session = load(args.model, args.engine, args.threads)
+        session = load(args.model, *engine_options(args))
         session.feed(prompt)
         session.save(temporary)
     state, nbytes = session.state, args.output.stat().st_size
@@ -116,7 +125,7 @@ def open_session(args: argparse.Namespace) -> Session:
     """A session from the file, which may also hold a state alone."""
     with StateFile(args.state):     # what is no state is found before a large model is loaded
         pass
-    there = load(args.model, args.engine, args.threads)
+    there = load(args.model, *engine_options(args))
     if "session" in State.load_extra(args.state):
         return Session.load(args.state, there.engine, there.tokenizer)
     state = State.load(args.state, there.engine.config, there.engine.fingerprint)
