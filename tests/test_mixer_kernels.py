@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from sbedge.config import GATE_DIVISOR
 from sbedge.reference import int8_encode, log_sigmoid, relu, rms_norm, rope_angles, rotate, softmax, spike_encode
-from sbedge.runtime.native.library import F32, INT8, GlaInput, NativeLibrary, Ring, WindowInput, load_native
+from sbedge.runtime.native.library import F16, F32, INT8, GlaInput, NativeLibrary, Ring, WindowInput, load_native
 
 EPS = 1e-6
 Array = np.ndarray
 GlaCase = tuple[Array, Array, Array, Array, Array, Array]      # q, k, v, gate, S, norm_weight
 WindowCase = tuple[Array, Array, Array, Array, Array]        # q, k, v, cos, sin
+KINDS = {"f32": (F32, np.float32), "f16": (F16, np.float16), "int8": (INT8, np.int8)}     # of rings
 LIBRARY = load_native()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="libsbedge is not built (cmake -B build, cmake --build build)")
 
@@ -64,15 +65,15 @@ def gla_twin(q, k, v, gate, S, norm_weight):
 
 
 class RingTwin:
-    """A window layer's state and its attention, float32 or int8."""
+    """A window layer's state and its attention; its numbers are of one of KINDS."""
 
-    def __init__(self, window: int, groups: int, d: int, int8: bool):
-        self.int8 = int8
-        self.codes = np.zeros((2, window, groups, d), np.int8 if int8 else np.float32)    # keys, values
+    def __init__(self, window: int, groups: int, d: int, kind: str):
+        self.kind, self.int8 = kind, kind == "int8"
+        self.codes = np.zeros((2, window, groups, d), KINDS[kind][1])       # keys, values
         self.scales = np.zeros((2, window, groups), np.float32)
 
     def copy(self) -> RingTwin:
-        twin = RingTwin(*self.codes.shape[1:], self.int8)
+        twin = RingTwin(*self.codes.shape[1:], self.kind)
         twin.codes[...], twin.scales[...] = self.codes, self.scales
         return twin
 
@@ -92,7 +93,8 @@ class RingTwin:
                 else:
                     self.codes[which, slot] = row
             length = min(position + t + 1, W)
-            keys, values = self.codes[:, :length] * (self.scales[:, :length, :, None] if self.int8 else np.float32(1))
+            keys, values = (self.codes[:, :length].astype(np.float32)
+                            * (self.scales[:, :length, :, None] if self.int8 else np.float32(1)))
             scores = np.einsum("ghd,wgd->ghw", q[t].reshape(G, H // G, d), keys) * np.float32(d ** -0.5)
             o[t] = np.einsum("ghw,wgd->ghd", softmax(scores), values)
         return o.reshape(n, H * d)
@@ -131,7 +133,7 @@ def native_window(native, twin, q, k, v, cos, sin, position, query_k=0.0, nth=1,
     (n, H, d), G, W = q.shape, k.shape[1], twin.codes.shape[1]
     rows = [padded(x, extra) for x in (q, k, v)]
     scales = [s.ctypes.data if twin.int8 else None for s in twin.scales]
-    ring = Ring(W, G, d, twin.codes[0].ctypes.data, twin.codes[1].ctypes.data, *scales, INT8 if twin.int8 else F32)
+    ring = Ring(W, G, d, twin.codes[0].ctypes.data, twin.codes[1].ctypes.data, *scales, KINDS[twin.kind][0])
     given = WindowInput(H, *(room.ctypes.data for room, _ in rows), cos.ctypes.data, sin.ctypes.data,
                         *(stride for _, stride in rows), query_k)
     out, scratch = guarded(n * H * d), guarded(nth * native.window_scratch(H, G, d, W, n))
@@ -169,12 +171,12 @@ def window_case(seed, n, H, G, d, position) -> WindowCase:
     return q, k, v, cos, sin
 
 
-def filled_ring(seed, window, groups, d, int8, position) -> RingTwin:
+def filled_ring(seed, window, groups, d, kind, position) -> RingTwin:
     rng = np.random.default_rng(seed)
-    ring = RingTwin(window, groups, d, int8)
+    ring = RingTwin(window, groups, d, kind)
     length = min(window, position)
     rows = rng.standard_normal((2, length, groups, d), np.float32)
-    if int8:
+    if ring.int8:
         ring.codes[:, :length], ring.scales[:, :length] = int8_encode(rows)
     else:
         ring.codes[:, :length] = rows
@@ -239,23 +241,24 @@ def test_gla_reads_strided_rows_and_is_bit_equal_on_any_number_of_threads(native
 @pytest.mark.parametrize("n", [1, 2, 70])
 @pytest.mark.parametrize("d", [2, 6, 16, 64, 80, 128])
 @pytest.mark.parametrize("group_size", [1, 4, 7, 8])
-def test_window_equals_its_twin(native, group_size, d, n):
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_window_equals_its_twin(native, kind, group_size, d, n):
     position, W = 57, 40
-    twin = filled_ring(d, W, 2, d, False, position)
+    twin = filled_ring(d, W, 2, d, kind, position)
     ring, case = twin.copy(), window_case(d, n, 2 * group_size, 2, d, position)
     out, expected = native_window(native, ring, *case, position), twin.attend(*case, position, 0)
     assert np.abs(out - expected).max() <= 1e-5
     assert np.array_equal(ring.codes, twin.codes)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("W", [1, 5, 16, 300])
 @pytest.mark.parametrize("position, n", [(0, 1), (0, 17), (3, 1), (3, 300), (299, 1), (299, 40), (320, 1), (10**12, 1),
                                          (10**12, 33), (2**62, 6)])
-def test_window_sees_exactly_its_keys_and_keeps_the_last_of_them(native, position, n, W, int8):
-    twin = filled_ring(W, W, 2, 8, int8, position)
+def test_window_sees_exactly_its_keys_and_keeps_the_last_of_them(native, position, n, W, kind):
+    twin = filled_ring(W, W, 2, 8, kind, position)
     ring, case = twin.copy(), window_case(W + n, n, 6, 2, 8, position)
-    query_k = 3.0 if int8 else 0.0
+    query_k = 3.0 if twin.int8 else 0.0
     out, expected = native_window(native, ring, *case, position, query_k), twin.attend(*case, position, query_k)
     assert np.abs(out - expected).max() <= 1e-5
     assert np.array_equal(ring.codes, twin.codes) and np.array_equal(ring.scales, twin.scales)
@@ -264,7 +267,7 @@ def test_window_sees_exactly_its_keys_and_keeps_the_last_of_them(native, positio
 @pytest.mark.parametrize("d", [2, 6, 64, 80, 128])
 def test_int8_rings_hold_the_references_codes_and_scales_bit_for_bit(native, d):
     n, position = 60, 9
-    twin = filled_ring(d, 32, 2, d, True, position)
+    twin = filled_ring(d, 32, 2, d, "int8", position)
     q, k, v, cos, sin = window_case(d, n, 14, 2, d, position)
     k[3], v[4], v[5] = 0, 1e-7, 3e7     # scales at their bounds
     v[5] *= 1 + np.arange(d, dtype=np.float32) / d
@@ -279,14 +282,14 @@ def test_int8_rings_hold_the_references_codes_and_scales_bit_for_bit(native, d):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_window_in_any_chunks_is_window_in_one(data):
-    n, W, int8 = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 90)), data.draw(st.booleans())
+    n, W, kind = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 90)), data.draw(st.sampled_from([*KINDS]))
     cuts = sorted(data.draw(st.sets(st.integers(1, n), max_size=6)) | {n})
     position = data.draw(st.sampled_from([0, 7, 10**12 + 5]))
-    query_k = 3.0 if int8 else 0.0
+    query_k = 3.0 if kind == "int8" else 0.0
     q, k, v, cos, sin = window_case(data.draw(st.integers(0, 99)), n, 6, 2, 10, position)
     for isa in ISAS:
         with instruction_set(isa):
-            whole = filled_ring(1, W, 2, 10, int8, position)
+            whole = filled_ring(1, W, 2, 10, kind, position)
             parts = whole.copy()
             expected = native_window(LIBRARY, whole, q, k, v, cos, sin, position, query_k)
             begin = 0
@@ -299,23 +302,45 @@ def test_window_in_any_chunks_is_window_in_one(data):
             assert np.array_equal(parts.codes, whole.codes) and np.array_equal(parts.scales, whole.scales)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 50])
-def test_window_reads_strided_rows_and_is_bit_equal_on_any_number_of_threads(native, n, int8):
+def test_window_reads_strided_rows_and_is_bit_equal_on_any_number_of_threads(native, n, kind):
     position = 100
     case = window_case(6, n, 12, 3, 20, position)
-    alone = filled_ring(2, 30, 3, 20, int8, position)
+    alone = filled_ring(2, 30, 3, 20, kind, position)
     expected = native_window(native, alone, *case, position, 3.0)
     for nth in (2, 3, 5):
-        shared = filled_ring(2, 30, 3, 20, int8, position)
+        shared = filled_ring(2, 30, 3, 20, kind, position)
         out = native_window(native, shared, *case, position, 3.0, nth=nth, extra=7)
         assert np.array_equal(out, expected) and np.array_equal(shared.codes, alone.codes)
 
 
 def test_window_attends_sharply_where_scores_are_large(native):
     position, W = 200, 150
-    twin = filled_ring(3, W, 2, 32, False, position)
+    twin = filled_ring(3, W, 2, 32, "f32", position)
     twin.codes[0] *= 40
     ring, case = twin.copy(), window_case(8, 3, 8, 2, 32, position)
     out, expected = native_window(native, ring, *case, position), twin.attend(*case, position, 0)
     assert np.abs(out - expected).max() <= 5e-5     # scores near 200 are themselves rounded at 1e-5
+
+
+# --- FFN -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [1, 3, 16, 65, 200])
+def test_silu_gate_equals_its_twin_at_any_size_of_input(native, n):
+    rng = np.random.default_rng(n)
+    gate, up = rng.standard_normal((2, n), np.float32)
+    gate *= 10.0 ** rng.integers(-6, 5, n).astype(np.float32)
+    out = guarded(n)
+    native.silu_gate(gate.ctypes.data, up.ctypes.data, out.ctypes.data, n)
+    exact = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        expected = exact / (1 + np.exp(-exact)) * up
+    np.testing.assert_allclose(out[:-8], expected, rtol=2e-6, atol=1e-30)
+    assert (out[-8:] == 12345).all()
+
+
+def test_silu_gate_passes_on_what_is_no_number(native):
+    gate, up = np.array([np.nan, 1, np.inf], np.float32), np.array([1, np.nan, 2], np.float32)
+    out = np.zeros(3, np.float32)
+    native.silu_gate(gate.ctypes.data, up.ctypes.data, out.ctypes.data, 3)
+    assert np.isnan(out[:2]).all() and out[2] == np.inf

@@ -142,4 +142,8 @@ void sbedge_window(sbedge_window_input* in, int64_t position, int64_t n, sbedge_
     current()->mixer->window(in, position, n, ring, out, scratch, ith, nth);
 }
 
+void sbedge_silu_gate(const float* gate, const float* up, float* out, int64_t n) {
+    current()->mixer->silu_gate(gate, up, out, n);
+}
+
 }  // extern "C"

@@ -1,6 +1,5 @@
 #include "ggml_ops.h"
 
-#include <cmath>
 
 #include "internal.h"
 
@@ -56,8 +55,7 @@ void linears(void* userdata, int ith, int nth) {
     const sbedge::Range own = sbedge::share(width, sbedge::OUTPUT_BLOCK, ith, nth);
     for (int64_t t = 0; t < op->n; ++t) {
         const float *gate = op->y + t * op->y_stride, *up = gate + width;
-        for (int64_t o = own.begin; o < own.end; ++o)
-            op->out[t * width + o] = gate[o] / (1.0f + std::exp(-gate[o])) * up[o];
+        sbedge_silu_gate(gate + own.begin, up + own.begin, op->out + t * width + own.begin, own.end - own.begin);
     }
 }
 

@@ -28,6 +28,7 @@ struct MixerKernels {
     decltype(&sbedge_gla) gla;
     decltype(&sbedge_window_scratch) window_scratch;
     decltype(&sbedge_window) window;
+    decltype(&sbedge_silu_gate) silu_gate;
 };
 
 // A null pointer where this build has no such code: each *_ISA.cpp defines its table, or null if not compiled for it.

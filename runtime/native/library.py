@@ -74,6 +74,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "gla": (None, _P, _I64, _P, _P, _P, _INT, _INT),
     "window_scratch": (_I64, _I64, _I64, _I64, _I64, _I64),
     "window": (None, _P, _I64, _I64, _P, _P, _P, _INT, _INT),
+    "silu_gate": (None, _P, _P, _P, _I64),
     "ort_traffic": (_INT, _I64, _P, _P),
 }
 

@@ -89,7 +89,7 @@ struct Avx2 {
     }
 };
 
-constexpr MixerKernels kernels = {gla_scratch<Avx2>, gla<Avx2>, window_scratch<Avx2>, window<Avx2>};
+constexpr MixerKernels kernels = {gla_scratch<Avx2>, gla<Avx2>, window_scratch<Avx2>, window<Avx2>, silu_gate<Avx2>};
 
 }  // namespace
 

@@ -66,7 +66,7 @@ struct Avx512 {
     }
 };
 
-constexpr MixerKernels kernels = {gla_scratch<Avx512>, gla<Avx512>, window_scratch<Avx512>, window<Avx512>};
+constexpr MixerKernels kernels = {gla_scratch<Avx512>, gla<Avx512>, window_scratch<Avx512>, window<Avx512>, silu_gate<Avx512>};
 
 }  // namespace
 

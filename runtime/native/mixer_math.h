@@ -57,6 +57,17 @@ inline typename V::reg exponential(typename V::reg x) {
     return V::scale(p, n);
 }
 
+// out = silu(gate) * up, [n]; silu(x) = x / (1 + e^-x)
+template <class V>
+void silu_gate(const float* gate, const float* up, float* out, int64_t n) {
+    const auto zero = V::set(0.0f), one = V::set(1.0f);
+    for_vectors<V>(n, [&](int64_t i, int64_t count) {
+        const auto x = V::load(gate + i, count);
+        const auto y = V::div(x, V::add(one, exponential<V>(V::sub(zero, x))));
+        V::store(out + i, V::mul(y, V::load(up + i, count)), count);
+    });
+}
+
 // log(1 + e^x) - x, negated: min(x, 0) - log1p(u), u = e^-|x|, with log1p(u) = 2 atanh(u / (2 + u)).
 template <class V>
 inline typename V::reg log_sigmoid(typename V::reg x) {

@@ -77,7 +77,7 @@ struct Neon {
     }
 };
 
-constexpr MixerKernels kernels = {gla_scratch<Neon>, gla<Neon>, window_scratch<Neon>, window<Neon>};
+constexpr MixerKernels kernels = {gla_scratch<Neon>, gla<Neon>, window_scratch<Neon>, window<Neon>, silu_gate<Neon>};
 
 }  // namespace
 

@@ -54,7 +54,7 @@ struct Scalar {
     static void store_sums(float* p, reg a, reg b, reg c, reg d) { p[0] = a, p[1] = b, p[2] = c, p[3] = d; }
 };
 
-constexpr MixerKernels kernels = {gla_scratch<Scalar>, gla<Scalar>, window_scratch<Scalar>, window<Scalar>};
+constexpr MixerKernels kernels = {gla_scratch<Scalar>, gla<Scalar>, window_scratch<Scalar>, window<Scalar>, silu_gate<Scalar>};
 
 }  // namespace
 

@@ -160,6 +160,11 @@ SBEDGE_API int64_t sbedge_window_scratch(int64_t heads, int64_t groups, int64_t 
 SBEDGE_API void sbedge_window(sbedge_window_input* in, int64_t position, int64_t n, sbedge_ring* ring, float* out,
                               float* scratch, int ith, int nth);
 
+/* --- FFN --------------------------------------------------------------------------------------------------- */
+
+/* out = silu(gate) * up, all [n]; silu(x) = x / (1 + exp(-x)). */
+SBEDGE_API void sbedge_silu_gate(const float* gate, const float* up, float* out, int64_t n);
+
 /* --- ONNX Runtime ------------------------------------------------------------------------------------------ */
 
 /* The library is a custom op library, too: it exports RegisterCustomOps, which session options are given as a file name.

@@ -60,17 +60,20 @@ struct Gla {
 
 struct Window {
     int64_t heads, groups, d, window, n, position;
-    bool int8;
+    int32_t type;
     Floats q, k, v, cos, sin, keys, values, scales;
     std::vector<int8_t> codes;
+    std::vector<uint16_t> halves;
 
-    Window(int64_t heads, int64_t groups, int64_t d, int64_t window, int64_t n, int64_t position, bool int8)
-        : heads(heads), groups(groups), d(d), window(window), n(n), position(position), int8(int8),
+    Window(int64_t heads, int64_t groups, int64_t d, int64_t window, int64_t n, int64_t position, int32_t type)
+        : heads(heads), groups(groups), d(d), window(window), n(n), position(position), type(type),
           q(normal(n * heads * d)), k(normal(n * groups * d)), v(normal(n * groups * d)), cos(n * d / 2),
           sin(n * d / 2), keys(normal(window * groups * d)), values(normal(window * groups * d)),
-          scales(2 * window * groups, 0.02f), codes(2 * window * groups * d) {
+          scales(2 * window * groups, 0.02f), codes(2 * window * groups * d), halves(codes.size()) {
         for (size_t i = 0; i < cos.size(); ++i) cos[i] = std::cos(float(i)), sin[i] = std::sin(float(i));
         for (size_t i = 0; i < codes.size(); ++i) codes[i] = int8_t(i * 37 % 255 - 127);
+        for (size_t i = 0; i < halves.size(); ++i)     // of either sign, from 2^-15 to 8
+            halves[i] = uint16_t(i % 2 << 15 | i * 7919 % 0x4800);
     }
 
     // Output, then the ring after it.
@@ -79,11 +82,13 @@ struct Window {
         Window after = *this;
         const int64_t cells = window * groups;
         sbedge_ring ring = {window, groups, d, after.keys.data(), after.values.data(), nullptr, nullptr, SBEDGE_F32};
-        if (int8)
+        if (type == SBEDGE_F16)
+            ring = {window, groups, d, after.halves.data(), after.halves.data() + cells * d, nullptr, nullptr, type};
+        if (type == SBEDGE_INT8)
             ring = {window, groups, d, after.codes.data(), after.codes.data() + cells * d, after.scales.data(),
                     after.scales.data() + cells, SBEDGE_INT8};
         sbedge_window_input in = {heads,      q.data(),  k.data(),   v.data(),   cos.data(),
-                                        sin.data(), heads * d, groups * d, groups * d, int8 ? 3.0f : 0.0f, 0};
+                                        sin.data(), heads * d, groups * d, groups * d, type == SBEDGE_INT8 ? 3.0f : 0.0f, 0};
         Floats out(n * heads * d), scratch(nth * sbedge_window_scratch(heads, groups, d, window, n));
         for (int ith = 0; ith < nth; ++ith)
             sbedge_window(&in, position, n, &ring, out.data(), scratch.data(), ith, nth);
@@ -91,6 +96,7 @@ struct Window {
         out.insert(out.end(), after.values.begin(), after.values.end());
         out.insert(out.end(), after.scales.begin(), after.scales.end());
         out.insert(out.end(), after.codes.begin(), after.codes.end());
+        out.insert(out.end(), after.halves.begin(), after.halves.end());
         return out;
     }
 };
@@ -108,8 +114,23 @@ void check(const char* isa, const char* what, const Case& one) {
     }
 }
 
+struct SiluGate {
+    Floats gate, up;
+
+    Floats run(const char* isa, int) const {
+        sbedge_set_isa(isa);
+        Floats out(gate.size());
+        sbedge_silu_gate(gate.data(), up.data(), out.data(), int64_t(gate.size()));
+        return out;
+    }
+};
+
 void check_isa(const char* isa) {
     char what[128];
+    for (int64_t n : {1, 7, 64, 133}) {
+        std::snprintf(what, sizeof what, "silu n=%d", int(n));
+        check(isa, what, SiluGate{normal(n, 20), normal(n)});
+    }
     for (int64_t group : {1, 7, 11})
         for (int64_t d : {1, 6, 33, 80})
             for (int64_t n : {1, 50}) {
@@ -119,10 +140,10 @@ void check_isa(const char* isa) {
                 }
                 if (d % 2 == 1) continue;
                 for (int64_t window : {5, 90})
-                    for (bool int8 : {false, true}) {
-                        std::snprintf(what, sizeof what, "window H/G=%d d=%d n=%d W=%d int8=%d", int(group), int(d),
-                                      int(n), int(window), int(int8));
-                        check(isa, what, Window(2 * group, 2, d, window, n, 1000003, int8));
+                    for (int32_t type : {SBEDGE_F32, SBEDGE_F16, SBEDGE_INT8}) {
+                        std::snprintf(what, sizeof what, "window H/G=%d d=%d n=%d W=%d type=%d", int(group), int(d),
+                                      int(n), int(window), int(type));
+                        check(isa, what, Window(2 * group, 2, d, window, n, 1000003, type));
                     }
             }
 }
