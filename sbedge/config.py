@@ -12,6 +12,10 @@ from .errors import CheckpointError
 GATE_RANK = 16          # base and SFT checkpoints factor the gate projection through 16 channels
 WEIGHT_GROUP = 128      # W8ASpike: input channels that share one weight scale
 GATE_DIVISOR = 16.0     # log_decay = logsigmoid(gate) / 16
+# What spikes, and the linears that read it; all linears of one input share its counts.
+INPUT_KINDS = {"attention in": ("q_proj", "k_proj", "v_proj", "gk_proj"), "attention out": ("o_proj",),
+               "FFN in": ("gate_proj", "up_proj"), "FFN down": ("down_proj",)}
+KIND_OF = {projection: kind for kind, projections in INPUT_KINDS.items() for projection in projections}
 MAX_SIZE = 1 << 24      # no dimension of a real model is larger; bounds what an untrusted file can ask for
 
 
@@ -43,6 +47,10 @@ class ModelConfig:
     int8_window: bool = False           # W8ASpike's attention: keys and values as int8 codes, queries spiked
     spike_down: bool = False            # the input of down_proj spikes, too (the published W8ASpike leaves it out)
     dead_zone: float = 0.0              # channels with |x| < dead_zone * mean|x| are silent
+    # Of calibrated exports, instead of the two above: one of each for every layer and input kind, layer by layer in the
+    # order of INPUT_KINDS.
+    input_spike_k: tuple[float, ...] = ()
+    input_dead_zone: tuple[float, ...] = ()
 
     @property
     def head_dim(self) -> int:
@@ -61,8 +69,15 @@ class ModelConfig:
     def is_window_layer(self, layer: int) -> bool:
         return layer in self.attn_layers
 
+    def spikes_of(self, layer: int, kind: str) -> tuple[float, float]:
+        """k and dead zone with which the inputs of a kind spike in a layer of a model that spikes."""
+        at = layer * len(INPUT_KINDS) + list(INPUT_KINDS).index(kind)
+        return (self.input_spike_k[at] if self.input_spike_k else self.spike_k,
+                self.input_dead_zone[at] if self.input_dead_zone else self.dead_zone)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        # What is empty is left out, so that fingerprints, which hash this, are those of before these fields.
+        return {key: value for key, value in asdict(self).items() if value or key not in INPUT_FIELDS}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
@@ -96,6 +111,8 @@ class ModelConfig:
             int8_window=_flag(raw, "int8_window", source),
             spike_down=_flag(raw, "spike_down", source),
             dead_zone=_positive(raw, "dead_zone", 0.0, source, low=0.0),
+            **{key: _of_inputs(raw, key, sizes["num_hidden_layers"], source, low)
+               for key, low in zip(INPUT_FIELDS, (1e-30, 0.0), strict=True)},
         )
 
     @classmethod
@@ -114,8 +131,9 @@ class ModelConfig:
         return cls.from_dict({k: v for k, v in raw.items() if k not in unpublished}, source=str(path))
 
 
+INPUT_FIELDS = ("input_spike_k", "input_dead_zone")
 PUBLISHED_KEYS = {f.name for f in fields(ModelConfig)} - {"gate_rank", "spike_k", "int8_window", "spike_down",
-                                                         "dead_zone"}
+                                                         "dead_zone", *INPUT_FIELDS}
 
 
 def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
@@ -148,6 +166,14 @@ def _positive(raw: Mapping[str, Any], key: str, default: float, source: str, low
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < 1e30:
         raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive number")
     return float(value)
+
+
+def _of_inputs(raw: Mapping[str, Any], key: str, layers: int, source: str, low: float) -> tuple[float, ...]:
+    """A number for each layer and input kind, or none at all."""
+    values, count = raw.get(key) or (), layers * len(INPUT_KINDS)
+    if not isinstance(values, (list, tuple)) or len(values) not in (0, count):
+        raise CheckpointError(f"{source}: {key} must hold {count} numbers, one for each layer and input kind")
+    return tuple(_positive({key: value}, key, low, source, low) for value in values)
 
 
 def _flag(raw: Mapping[str, Any], key: str, source: str) -> bool:

@@ -85,12 +85,14 @@ class Layers:
     def rms_norm(self, name: str, x: str) -> str:
         return self.node("RMSNormalization", [x, self.stored(name + ".weight")], axis=-1, epsilon=self.config.norm_eps)
 
-    def spiked(self, x: str) -> str | Spikes:
-        """`x` as spikes where the model spikes; one encoding serves all linears that read it."""
+    def spiked(self, i: int, kind: str, x: str) -> str | Spikes:
+        """`x`, a kind of input of layer i, as spikes where the model spikes; one encoding serves all linears that read
+        it."""
         if not self.config.spike_k:
             return x
-        zone = {"dead_zone": float(self.config.dead_zone)} if self.config.dead_zone else {}
-        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=float(self.config.spike_k), **zone))
+        k, dead_zone = self.config.spikes_of(i, kind)
+        zone = {"dead_zone": float(dead_zone)} if dead_zone else {}
+        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=float(k), **zone))
 
     # --- linear layers: x [1, n, K] -> [1, n, N] ---------------------------------------------------
     def linears(self, names: list[str], x: str | Spikes) -> list[str]:
