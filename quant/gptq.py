@@ -45,6 +45,9 @@ class Levels(NamedTuple):
         """The float32 [in, out] it stands for."""
         return (self.levels - self._spread(self.zeros.astype(np.float32))) * self._spread(self.scales)
 
+    def outputs(self, start: int, stop: int) -> Levels:
+        return Levels(self.levels[:, start:stop], self.scales[:, start:stop], self.zeros[:, start:stop], self.group)
+
     def _spread(self, per_group: np.ndarray) -> np.ndarray:
         return np.repeat(per_group, self.group, axis=0)[:len(self.levels)]
 
@@ -62,9 +65,11 @@ def calibrate(weight: np.ndarray, moments: np.ndarray, grid: Grid, target: np.nd
     """
     target = weight if target is None else target
     H = moments.astype(np.float32)
+    if not (np.isfinite(H).all() and np.isfinite(target).all()):
+        raise ValueError("expected finite weights and moments")
     diagonal = np.diag(H).copy()
-    silent = diagonal <= 0                      # channels never seen: nothing says how to round them but their own weight
-    H[silent, silent] = max(float(diagonal.mean()), 1.0)
+    silent = diagonal <= 0                      # channels never seen: rounded to the nearest, and hardly counted
+    H[silent, silent] = np.float32(1e-6) * diagonal.mean() or 1
     target = np.where(silent[:, None], weight, target).astype(np.float32)
     best = rounded(target, np.ones(len(target), np.float32), grid, CLIPS[:1])
     clipped = rounded(target, np.diag(H), grid, CLIPS)
@@ -79,7 +84,7 @@ def calibrate(weight: np.ndarray, moments: np.ndarray, grid: Grid, target: np.nd
 def output_error(levels: Levels, target: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """The error of each output, [out]."""
     difference = levels.weight() - target
-    return np.einsum("io,io->o", difference, moments @ difference, dtype=np.float64)
+    return (difference * (moments @ difference)).sum(axis=0, dtype=np.float64)
 
 
 def better(a: Levels, b: Levels, target: np.ndarray, H: np.ndarray) -> Levels:
@@ -162,13 +167,14 @@ def fed_back(target: np.ndarray, H: np.ndarray, grid: Grid, first: Levels) -> Le
 def feedback(H: np.ndarray) -> np.ndarray:
     """Upper Cholesky factor of the inverse of H, float32: how the error of a channel is spread over the later ones."""
     H = H.astype(np.float64)
-    damping = 1e-6 * float(np.trace(H)) / len(H)
-    while True:
+    mean = float(np.trace(H)) / len(H)
+    for damping in mean * np.logspace(-6, 6, 13):   # fewer inputs than channels, or rounding: lean on the diagonal more
         try:
             inverse = np.linalg.inv(np.linalg.cholesky(H + damping * np.eye(len(H))))
             return np.linalg.cholesky(inverse.T @ inverse).T.astype(np.float32)
-        except np.linalg.LinAlgError:       # seen fewer inputs than channels, or rounding: lean on the diagonal more
-            damping *= 10
+        except np.linalg.LinAlgError:
+            continue
+    raise ValueError("second moments must be finite and positive semidefinite")
 
 
 def fitted(found: Levels, target: np.ndarray, H: np.ndarray, grid: Grid) -> Levels:
@@ -180,7 +186,7 @@ def fitted(found: Levels, target: np.ndarray, H: np.ndarray, grid: Grid) -> Leve
     for g, start in enumerate(starts):
         rows = slice(start, start + grid.group)
         products[g] = np.add.reduceat(signed * (H[:, rows] @ signed[rows]), starts, axis=0)
-    matrix = products.transpose(2, 1, 0).astype(np.float64)                                       # [out, groups, groups]
+    matrix = products.transpose(2, 1, 0).astype(np.float64)                                     # [out, groups, groups]
     ridge = 1e-6 * np.einsum("ogg->og", matrix).max(axis=1, keepdims=True) + 1e-30
     matrix += ridge[..., None] * np.eye(len(starts))
     aim = aims.T + ridge * found.scales.T           # a group of zeros alone keeps its scale

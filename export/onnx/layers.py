@@ -11,8 +11,9 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import WEIGHT_GROUP, ModelConfig
+from sbedge.export.calibrated import Calibrated
 from sbedge.export.spikes import event_layout
-from sbedge.quant.blocks import BLOCK, Blocks, quantize_blocks
+from sbedge.quant.blocks import BLOCK, Blocks, blocks_of, quantize_blocks
 
 from . import ops
 from .events import write_w4, write_w8
@@ -209,6 +210,12 @@ class Layers:
 
     def quantize(self, name: str, bits: int, small: list) -> Iterator[np.ndarray]:
         """Codes, piece by piece; scales and zero points are collected in `small`."""
+        if isinstance(self.checkpoint, Calibrated) and (levels := self.checkpoint.levels(name)):
+            blocks = blocks_of(levels, bits)
+            small.append((blocks.scales, blocks.zero_points))
+            yield blocks.codes
+            self.advance(name, levels.levels.size)
+            return
         rows = max(1, SLICE_WEIGHTS // self.checkpoint.shapes[name][1])
         with ThreadPoolExecutor(WORKERS) as pool:
             for piece in self.read(name):
