@@ -33,6 +33,7 @@ LEAST_TOKENS = 1024         # of a text
 HELD_OUT = 1024             # tokens at its end, for the report
 BATCH = 16                  # samples that run at a time
 PROBES, PROBE_TOKENS = 8, 64        # what dead zones are tried on
+SCORED = slice(3, None, 4)          # of their tokens, those whose predictions are compared: logits take long
 DAMPING = 0.01              # of the usual channel's energy, added to every channel's: rules out wild corrections
 DEFAULT_K = 8.0             # of a calibrated export: fine counts, for silence comes from dead zones
 
@@ -229,8 +230,8 @@ def with_dead_zones(layers: Layers, config: ModelConfig, calibration: Calibratio
         if progress:
             progress(i + 1, config.num_hidden_layers, f"trying silence in layer {i}")
     model = Samples(layers.config, rest)
-    exact = log_softmax(model.logits(streams[0]))
-    costs = np.array([kl(exact, log_softmax(model.logits(h))) for h in streams[1:]])
+    exact = log_softmax(model.logits(streams[0][:, SCORED]))
+    costs = np.array([kl(exact, log_softmax(model.logits(h[:, SCORED]))) for h in streams[1:]])
     losses = np.array([cost * s.losses / max(s.losses[level], 1e-30) for cost, s in zip(costs, found, strict=True)])
     choice = shared_out(losses, np.array(sizes, float), calibration.skip)
     zones = tuple(float(np.float32(s.zones[c])) for s, c in zip(found, choice, strict=True))    # as files hold them

@@ -1,8 +1,8 @@
 """Scales that cost nothing at run time: a channel of an input made louder, the weights that read it smaller.
 
-What is silent and how finely a count is rounded depends on |x| alone, as does how a group of weights is rounded on their
-sizes. Once every channel is as loud as what it adds to the outputs, x_j * ||w_j||, silence falls on those that matter
-least (WINA, TEAL), and weights of a group are of one size (AWQ). The factors go into what makes the input: a norm's
+What is silent, and how finely a count is rounded, depends on |x| alone; how finely a group of weights, on the largest
+of them. Once every channel is as loud as what it adds to the outputs, x_j * ||w_j||, silence falls on those that matter
+least (WINA, TEAL), and the weights of a group are of one size (AWQ). The factors go into what makes the input: a norm's
 weight, or the rows of up_proj. Keys, values and recurrent states are left alone, so a state goes on under any export.
 """
 from __future__ import annotations

@@ -6,13 +6,14 @@ of y over real inputs, which for W' is
     error(W') = tr((W' - W) H (W' - W)^T)       H = sum of x x^T, the second moments of the inputs
 
 `calibrate` lowers that: channel by channel it rounds and lets the channels still to come make up for the error (GPTQ,
-the loudest channels first), then fits the scales by least squares and goes through the codes again, moving each to where
-the others want it. No row ends up worse than plain rounding.
+the loudest channels first), then fits the scales by least squares and goes through the codes again, moving each to
+where the others want it. No output ends up worse than by plain rounding.
 
 Arrays are input-channel-major here: weights [in, out], scales and zero points [groups, out].
 """
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -169,12 +170,10 @@ def feedback(H: np.ndarray) -> np.ndarray:
     H = H.astype(np.float64)
     mean = float(np.trace(H)) / len(H)
     for damping in mean * np.logspace(-6, 6, 13):   # fewer inputs than channels, or rounding: lean on the diagonal more
-        try:
+        with suppress(np.linalg.LinAlgError):
             inverse = np.linalg.inv(np.linalg.cholesky(H + damping * np.eye(len(H))))
             return np.linalg.cholesky(inverse.T @ inverse).T.astype(np.float32)
-        except np.linalg.LinAlgError:
-            continue
-    raise ValueError("second moments must be finite and positive semidefinite")
+    raise ValueError("expected second moments that are positive semidefinite")
 
 
 def fitted(found: Levels, target: np.ndarray, H: np.ndarray, grid: Grid) -> Levels:

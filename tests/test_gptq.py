@@ -1,4 +1,4 @@
-"""pytest tests/test_gptq.py: rounding for outputs: on the grid, never worse than plain rounding, whatever the inputs were."""
+"""pytest tests/test_gptq.py: rounding for outputs: on the grid, never worse than plain rounding, whatever was seen."""
 from __future__ import annotations
 
 import numpy as np

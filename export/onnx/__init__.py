@@ -96,10 +96,12 @@ def write_model(checkpoint: Checkpoint, folder: Path, recipe: Recipe, progress: 
 
 def write_sidecars(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
     published = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    quantization: dict[str, Any] = {"linear": recipe.linear, "embedding": recipe.embedding}
+    if isinstance(checkpoint, Calibrated):
+        quantization["calibrated"] = True
     block: dict[str, Any] = {
         "config": recipe.config.to_dict(), "source": checkpoint.fingerprint, "exporter": __version__,
-        "quantization": {"linear": recipe.linear, "embedding": recipe.embedding,
-                         **({"calibrated": True} if isinstance(checkpoint, Calibrated) else {})}, "spike_k": recipe.config.spike_k}
+        "quantization": quantization, "spike_k": recipe.config.spike_k}
     write_json(folder / "config.json", {**published, "sbedge": block})
     write_json(folder / "genai_config.json", genai_config(recipe.config))
     for name in TOKENIZER_FILES:
