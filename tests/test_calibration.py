@@ -23,7 +23,7 @@ from sbedge.reference import Reference
 from sbedge.runtime.load import open_engine
 from sbedge.runtime.model_weights import open_weights
 
-SIZES = {"hidden_size": 128, "intermediate_size": 192}
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
 IDS = np.random.default_rng(1).integers(0, 128, (12, 24))
 
 
@@ -189,6 +189,6 @@ def test_inspect_tells_that_an_export_is_calibrated(folder, tmp_path, capsys):
     export_model(folder, tmp_path / "m.gguf", quant="w4-spike", calibration=Calibration(IDS, 0.3))
     assert main(["inspect", str(tmp_path / "m.gguf"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert "calibrated" in json.dumps(shown["source"]) and len(shown["config"]["input_dead_zone"]) == 16
+    assert "calibrated" in json.dumps(shown["source"]) and len(shown["config"]["input_dead_zone"]) == 8
     assert main(["inspect", str(tmp_path / "m.gguf")]) == 0
     assert "dead zones 0" in capsys.readouterr().out
