@@ -176,6 +176,10 @@ class Seen:
 
     def __init__(self, x: np.ndarray, spiked: np.ndarray):
         had, lacking = (array.reshape(-1, x.shape[-1]) for array in (spiked, x - spiked))
+        # A few tokens, the first above all, are thousands of times louder than others: they would be all that counts.
+        energy = np.square(had).mean(axis=1, keepdims=True)
+        quieter = np.sqrt(np.minimum(1, np.median(energy) / np.maximum(energy, 1e-30)))
+        had, lacking = had * quieter, lacking * quieter
         self.moments = had.T @ had
         usual = np.median(np.diag(self.moments))
         self.moments[np.diag_indices_from(self.moments)] += DAMPING * usual

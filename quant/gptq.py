@@ -20,7 +20,7 @@ import numpy as np
 
 BLOCK = 128                                     # channels whose corrections to the others are applied at once
 CLIPS = np.linspace(1.0, 0.6, 11)               # shares of a group's range that the first scales are tried at
-ROUNDS = 2                                      # of fitting scales and descending
+ROUNDS = 1                                      # of fitting scales and descending
 TINY = np.float32(1e-12)
 
 

@@ -18,8 +18,8 @@ class Silence(NamedTuple):
 def silence(x: np.ndarray, column_norms: np.ndarray) -> Silence:
     """Of inputs x [n, width] whose channels are read by weights of these norms [width]."""
     size = np.abs(x)
-    ratio = (size / np.maximum(size.mean(axis=1, keepdims=True), 1e-30)).ravel()
-    lost = np.square(size * column_norms, dtype=np.float64).ravel()
+    ratio = size / np.maximum(size.mean(axis=1, keepdims=True), 1e-30)      # so that loud tokens count like any other
+    lost, ratio = np.square(ratio * column_norms, dtype=np.float64).ravel(), ratio.ravel()
     order = np.argsort(ratio)
     at = (SHARES * len(order)).astype(int)
     zones = np.where(at > 0, ratio[order[at]], 0.0)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from compare import assert_same_spiking, run
-from golden import W8ASPIKE
+from golden import W8ASPIKE, add_tokenizer
 from tiny import write_tiny_checkpoint
 
 from sbedge.apps.cli import main
@@ -192,3 +192,19 @@ def test_inspect_tells_that_an_export_is_calibrated(folder, tmp_path, capsys):
     assert "calibrated" in json.dumps(shown["source"]) and len(shown["config"]["input_dead_zone"]) == 8
     assert main(["inspect", str(tmp_path / "m.gguf")]) == 0
     assert "dead zones 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx"])
+def test_the_command_shows_what_calibration_did(format, tmp_path, capsys):
+    checkpoint = add_tokenizer(write_tiny_checkpoint(tmp_path / "c", vocab_size=260, **SIZES))
+    (tmp_path / "text.txt").write_text("a neuron that kept silent, once upon a time. " * 60)
+    command = ["export", str(checkpoint), "-o", str(tmp_path / out_name(format)), "--quant", "w8-spike", "--calibrate",
+               str(tmp_path / "text.txt"), "--skip", "0.4"]
+    assert main([*command, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)["calibration"]
+    assert table["tokens"] >= 127 and table["float32"]["perplexity"] > 1
+    assert table["rounded"]["bytes"] == pytest.approx(table["calibrated"]["bytes"], rel=0.05)
+    assert main([*command, "--force"]) == 0
+    shown = capsys.readouterr().out
+    assert "float32" in shown and "rounded" in shown and "calibrated" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["c", "text.txt", out_name(format)])
