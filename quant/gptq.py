@@ -58,20 +58,17 @@ GRIDS = {"w8-spike": Grid(1, 255, 128, 128, False), "w4-spike": Grid(0, 15, 64, 
          "int8": Grid(0, 255, 32, None, False), "int4": Grid(0, 15, 32, None, False)}
 
 
-def calibrate(weight: np.ndarray, moments: np.ndarray, grid: Grid, target: np.ndarray | None = None) -> Levels:
+def calibrate(weight: np.ndarray, moments: np.ndarray, grid: Grid) -> Levels:
     """`weight` [in, out] on `grid`, for inputs with second `moments` [in, in] (symmetric, positive semidefinite).
 
-    `target` [in, out]   what the result should compute instead of `weight`, where it shall make up for something else
-    The error of no output, against the target, is above that of plain rounding.
+    The error of no output is above that of plain rounding. Raises ValueError for what is not finite.
     """
-    target = weight if target is None else target
-    H = moments.astype(np.float32)
+    target, H = weight.astype(np.float32), moments.astype(np.float32)
     if not (np.isfinite(H).all() and np.isfinite(target).all()):
         raise ValueError("expected finite weights and moments")
     diagonal = np.diag(H).copy()
     silent = diagonal <= 0                      # channels never seen: rounded to the nearest, and hardly counted
     H[silent, silent] = np.float32(1e-6) * diagonal.mean() or 1
-    target = np.where(silent[:, None], weight, target).astype(np.float32)
     best = rounded(target, np.ones(len(target), np.float32), grid, CLIPS[:1])
     clipped = rounded(target, np.diag(H), grid, CLIPS)
     for candidate in (clipped, fed_back(target, H, grid, clipped)):
