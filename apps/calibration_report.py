@@ -45,7 +45,7 @@ def before_and_after(checkpoint: Checkpoint, out: Path, options: dict[str, Any],
 
 def figures(model: Path, format: str, ids: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
     engine = open_engine(model, ENGINE_OF[format])
-    logits = np.stack([engine.forward(sample, engine.new_state(), logits="all") for sample in ids])
+    logits = np.array([engine.forward(sample, engine.new_state(), logits="all") for sample in ids])
     report: Report | None = None
     for p, q in zip(exact, logits, strict=True):
         part = compare(p, q)

@@ -34,8 +34,9 @@ class Calibrated(Checkpoint):
         """Outputs [start, stop) of a calibrated linear; None for any other tensor."""
         if name not in self.groups:
             return None
-        return Levels(*(np.load(self._file(name, part), mmap_mode="r")[:, start:stop]
-                        for part in ("levels", "scales", "zeros")), self.groups[name])
+        levels, scales, zeros = (np.load(self._file(name, part), mmap_mode="r")[:, start:stop]
+                                 for part in ("levels", "scales", "zeros"))
+        return Levels(levels, scales, zeros, self.groups[name])
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         if name in self.replaced:

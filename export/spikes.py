@@ -9,7 +9,7 @@ from sbedge.checkpoint import Checkpoint
 from sbedge.config import ModelConfig
 from sbedge.errors import ExportError
 from sbedge.quant.event_layout import W4, W4_BLOCK, dequantize_w4, pack_nibbles, quantize_w4
-from sbedge.quant.gptq import GRIDS
+from sbedge.quant.gptq import INT8_ZERO
 from sbedge.quant.int8_groups import dequantize_int8_groups, quantize_int8_groups
 
 from .calibrated import Calibrated
@@ -78,7 +78,7 @@ def weight_codes(checkpoint: Checkpoint, name: str, start: int = 0,
     """Integer codes [out, in] and scales [out, ceil(in/128)] of outputs [start, stop): the published ones, calibrated
     ones, or rounded to int8 here."""
     if isinstance(checkpoint, Calibrated) and (levels := checkpoint.levels(name, start, stop)):
-        return levels.levels.T.astype(np.int32) - GRIDS["w8-spike"].middle, levels.scales.T
+        return levels.levels.T.astype(np.int32) - INT8_ZERO, levels.scales.T
     if checkpoint.is_w8aspike:
         return checkpoint.weight_codes(name, start, stop)
     return quantize_int8_groups(checkpoint.weight(name, start, stop))

@@ -53,8 +53,9 @@ class Levels(NamedTuple):
         return np.repeat(per_group, self.group, axis=0)[:len(self.levels)]
 
 
-GRIDS = {"w8-spike": Grid(1, 255, 128, 128, False), "w4-spike": Grid(0, 15, 64, None, True),
-         "q8_0": Grid(1, 255, 32, 128, True), "q4_0": Grid(0, 15, 32, 8, True),
+INT8_ZERO = 128                                 # the level of code 0 where codes are int8
+GRIDS = {"w8-spike": Grid(1, 255, 128, INT8_ZERO, False), "w4-spike": Grid(0, 15, 64, None, True),
+         "q8_0": Grid(1, 255, 32, INT8_ZERO, True), "q4_0": Grid(0, 15, 32, 8, True),
          "int8": Grid(0, 255, 32, None, False), "int4": Grid(0, 15, 32, None, False)}
 
 
@@ -88,7 +89,8 @@ def output_error(levels: Levels, target: np.ndarray, moments: np.ndarray) -> np.
 def better(a: Levels, b: Levels, target: np.ndarray, H: np.ndarray) -> Levels:
     """Of each output the one with the smaller error."""
     take = output_error(b, target, H) < output_error(a, target, H)
-    return Levels(*(np.where(take, y, x) for x, y in zip(a[:3], b[:3], strict=True)), a.group)
+    return Levels(np.where(take, b.levels, a.levels), np.where(take, b.scales, a.scales),
+                  np.where(take, b.zeros, a.zeros), a.group)
 
 
 # --- the steps -----------------------------------------------------------------------------------

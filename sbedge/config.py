@@ -111,8 +111,8 @@ class ModelConfig:
             int8_window=_flag(raw, "int8_window", source),
             spike_down=_flag(raw, "spike_down", source),
             dead_zone=_positive(raw, "dead_zone", 0.0, source, low=0.0),
-            **{key: _of_inputs(raw, key, sizes["num_hidden_layers"], source, low)
-               for key, low in zip(INPUT_FIELDS, (1e-30, 0.0), strict=True)},
+            input_spike_k=_of_inputs(raw, "input_spike_k", sizes["num_hidden_layers"], source, low=1e-30),
+            input_dead_zone=_of_inputs(raw, "input_dead_zone", sizes["num_hidden_layers"], source, low=0.0),
         )
 
     @classmethod
