@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sbedge.apps.commands.inspect import dead_zones
 from sbedge.apps.spike_report import MAP_SKIPPED, MAP_TOKENS, Recording
 from sbedge.errors import SbedgeError
 from sbedge.quant.spike_stats import SMALL
@@ -76,9 +77,8 @@ def new_figure() -> Iterator[Figure]:
 
 def subtitle(summary: dict[str, Any]) -> str:
     model = Path(summary["model"]).name
-    zone = f", dead zone {summary['dead_zone']:g}" if summary["dead_zone"] else ""
     trained = "" if summary["trained_to_spike"] else ", not trained to spike"
-    return f"{model}, k = {summary['spike_k']:g}{zone}, {summary['tokens']} tokens{trained}"
+    return f"{model}, k = {summary['spike_k']:g}{dead_zones(summary)}, {summary['tokens']} tokens{trained}"
 
 
 # --- the pictures ------------------------------------------------------------------------------------
@@ -180,4 +180,4 @@ def draw_sweep(figure: Figure, summary: dict[str, Any], recording: Recording) ->
     axis.set_xlabel("weights that a token finds silent, % (bytes that need not be read)")
     axis.set_ylabel("perplexity above\nthe model without spikes, %")
     axis.legend(loc="upper left")
-    figure.suptitle(f"What silence costs: {subtitle({**summary, 'dead_zone': 0})}", fontsize=10)
+    figure.suptitle(f"What silence costs: {subtitle({**summary, 'dead_zone': 0, 'input_dead_zone': ()})}", fontsize=10)

@@ -87,6 +87,7 @@ def sweep(weights: ModelWeights, config: ModelConfig, ids: np.ndarray, name: str
     progress("without spikes")
     unspiked = Predictions(SpikeObserver(replace(config, spike_k=0.0), weights, lambda *_: None), name)
     read_all(unspiked, chunks(ids, config.vocab_size))
+    config = replace(config, input_spike_k=(), input_dead_zone=())
     settings = [("k", replace(config, spike_k=k, dead_zone=0.0)) for k in SWEEP_K]
     settings += [("dead_zone", replace(config, dead_zone=zone)) for zone in SWEEP_DEAD_ZONE]
     points: dict[str, Any] = {"unspiked": unspiked.perplexity, "k": [], "dead_zone": []}

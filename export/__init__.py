@@ -3,11 +3,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import ExportError
 from sbedge.runtime.load import open_tokenizer
+from sbedge.runtime.tokenizer import Tokenizer
 
+from .calibration import Calibration, calibrated
 from .spikes import Spikes
 
 Progress = Callable[[int, int, str], None]      # (bytes done, bytes in total, tensor name)
@@ -20,13 +23,15 @@ LOSSLESS_SPIKING = {"gguf": "w8-spike", "onnx": "int8"}     # a W8ASpike checkpo
 
 def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format: str | None = None,
                  quant: str | None = None, embedding_quant: str | None = None, spikes: Spikes | None = None,
-                 force: bool = False, progress: Progress | None = None) -> None:
+                 calibration: Calibration | None = None, force: bool = False,
+                 progress: Progress | None = None) -> None:
     """Export `checkpoint` to `out`: a .gguf file, or for ONNX a folder. Tokenizer and chat template go along.
 
     format            "gguf" or "onnx"; None: by the suffix of `out`
     quant             one of QUANTS[format]; None: 8 bit, lossless for a W8ASpike checkpoint
     embedding_quant   the same for embeddings and lm_head; None: 8 bit, or as exact as `quant` where that is lossless
     spikes            how activations spike, for quants "w8-spike" and "w4-spike"; None: k = 3 and no dead zone
+    calibration       a text to round the weights by, and a share of them to silence; None: to the nearest
     force             replace an existing `out`
 
     `out` appears whole or not at all. Raises CheckpointError, TokenizerError (damaged, or not of this model)
@@ -42,6 +47,19 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
     check_quant(format, quant)
     check_output(checkpoint, out, force)
     tokenizer = open_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+    if calibration:
+        try:
+            with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.calibration.") as work:
+                made = calibrated(checkpoint, quant, calibration, spikes, Path(work), progress)
+                return _write(made, out, format, quant, embedding_quant, spikes, tokenizer, force, progress)
+        except OSError as error:
+            raise ExportError(f"{out}: cannot be written ({error.strerror or error}); "
+                              "nothing was left behind") from None
+    _write(checkpoint, out, format, quant, embedding_quant, spikes, tokenizer, force, progress)
+
+
+def _write(checkpoint: Checkpoint, out: Path, format: str, quant: str, embedding_quant: str | None,
+           spikes: Spikes | None, tokenizer: Tokenizer | None, force: bool, progress: Progress | None) -> None:
     if format == "gguf":
         from .gguf.writer import write_gguf
         metadata = tokenizer.to_gguf_metadata(checkpoint.config.vocab_size) if tokenizer else None

@@ -8,8 +8,11 @@ import numpy as np
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import ModelConfig
 from sbedge.errors import ExportError
-from sbedge.quant.event_layout import W4, W4_BLOCK, dequantize_w4, quantize_w4
+from sbedge.quant.event_layout import W4, W4_BLOCK, dequantize_w4, pack_nibbles, quantize_w4
+from sbedge.quant.gptq import INT8_ZERO
 from sbedge.quant.int8_groups import dequantize_int8_groups, quantize_int8_groups
+
+from .calibrated import Calibrated
 
 # Of a checkpoint that was not trained to spike: every large linear. The low-rank gate stays float32, for it decides
 # how long the model remembers.
@@ -33,6 +36,8 @@ class Spikes:
 
 def exported_config(checkpoint: Checkpoint, quant: str, spikes: Spikes | None) -> ModelConfig:
     """The model an export holds. A W8ASpike checkpoint spikes as it was trained to (k = 3)."""
+    if isinstance(checkpoint, Calibrated):
+        return checkpoint.exported
     config = checkpoint.config
     if spikes and not quant.endswith("-spike"):
         raise ExportError(f"quant {quant} has no spikes to set; choose w8-spike or w4-spike")
@@ -70,15 +75,19 @@ def is_event_linear(checkpoint: Checkpoint, name: str) -> bool:
 
 def weight_codes(checkpoint: Checkpoint, name: str, start: int = 0,
                  stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Integer codes [out, in] and scales [out, ceil(in/128)] of outputs [start, stop): the published ones, or rounded
-    to int8 here."""
+    """Integer codes [out, in] and scales [out, ceil(in/128)] of outputs [start, stop): the published ones, calibrated
+    ones, or rounded to int8 here."""
+    if isinstance(checkpoint, Calibrated) and (levels := checkpoint.levels(name, start, stop)):
+        return levels.levels.T.astype(np.int32) - INT8_ZERO, levels.scales.T
     if checkpoint.is_w8aspike:
         return checkpoint.weight_codes(name, start, stop)
     return quantize_int8_groups(checkpoint.weight(name, start, stop))
 
 
 def weight_nibbles(checkpoint: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> W4:
-    """The weight of outputs [start, stop) rounded to 4 bits with zero points."""
+    """The weight of outputs [start, stop) in 4 bits with zero points: calibrated, or rounded here."""
+    if isinstance(checkpoint, Calibrated) and (levels := checkpoint.levels(name, start, stop)):
+        return W4(pack_nibbles(levels.levels), levels.scales.astype(np.float16), levels.zeros)
     return quantize_w4(checkpoint.weight(name, start, stop), W4_GROUP, zeros=True)
 
 

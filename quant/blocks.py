@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .gptq import Levels
+
 BLOCK = 32
 REFITS = 2
 
@@ -44,6 +46,16 @@ def quantize_blocks(weight: np.ndarray, bits: int, block: int = BLOCK) -> Blocks
         np.divide(np.einsum("nbk,nbk->nb", blocks, codes), energy, out=scales, where=energy > 0)
     codes += zero_points[..., None]
     return Blocks(_pack(codes.astype(np.uint8), bits), scales, _pack(zero_points.astype(np.uint8), bits))
+
+
+def blocks_of(levels: Levels, bits: int) -> Blocks:
+    """A weight that calibration has put on the grid of these blocks."""
+    inputs, rows = levels.levels.shape
+    zeros, count = levels.zeros.T, len(levels.scales)
+    filled = np.repeat(zeros, levels.group, axis=1)     # the last block is filled up with zero weights
+    filled[:, :inputs] = levels.levels.T
+    return Blocks(_pack(filled.reshape(rows, count, levels.group), bits), np.ascontiguousarray(levels.scales.T),
+                  _pack(zeros, bits))
 
 
 def _round(blocks: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, levels: np.float32) -> np.ndarray:

@@ -11,7 +11,7 @@ from sbedge.gguf_format import TYPES
 from sbedge.quant.ggml_library import InitParams, load_ggml
 from sbedge.reference import QUERY_SPIKE_K, rope_angles
 
-from .ggml_model import Forward, Ops
+from .ggml_model import Forward, Ops, k_leaf
 from .ggml_native import NativeForward
 from .ggml_weights import ALIGNMENT, GgmlWeights, aligned_empty
 
@@ -77,7 +77,8 @@ class Graph:
             angles = (n, 1, c.head_dim)
             shapes = {"cos": ("F32", angles), "sin": ("F32", angles), "mask": ("F32", (n, keys)),
                       "slots": ("I64", (min(n, c.sliding_window),))}
-        shapes |= {"ids": ("I32", (n,)), "k": ("F32", (1,)), "query_k": ("F32", (1,)), "127": ("F32", (1,))}
+        constants = {"127": 127.0, **{k_leaf(k): k for k in {c.spike_k or 1.0, QUERY_SPIKE_K, *c.input_spike_k}}}
+        shapes |= {"ids": ("I32", (n,)), **{name: ("F32", (1,)) for name in constants}}
         sizes = {name: int(np.prod(shape)) * DTYPES[kind].itemsize for name, (kind, shape) in shapes.items()}
         padded = {name: -(-size // ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}
         block = aligned_empty(sum(padded.values()))
@@ -89,7 +90,8 @@ class Graph:
             inputs[name] = block[at:at + sizes[name]].view(DTYPES[kind]).reshape(shape)
             leaves[name] = self._leaf(kind, shape, inputs[name], self._buffers[-1])
             at += padded[name]
-        inputs["k"][0], inputs["query_k"][0], inputs["127"][0] = c.spike_k or 1, QUERY_SPIKE_K, 127
+        for name, value in constants.items():
+            inputs[name][0] = value
         return inputs, leaves
 
     def _state_leaves(self, memory: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -10,11 +10,17 @@ from functools import partial
 from typing import Any
 
 from sbedge.config import GATE_DIVISOR, ModelConfig
+from sbedge.reference import QUERY_SPIKE_K
 
 F4 = 4                              # bytes of a float32
 ROUND_EVEN = 1.5 * 2.0 ** 23        # adding and subtracting it rounds half to even, for |x| < 2^22
 MIN_SCALE, MAX_SCALE = 1e-5, 1e4    # what thresholds and int8 scales are clamped to
 POOL_MAX = 0
+
+
+def k_leaf(k: float) -> str:
+    """The name of the constant k: dividing by it is exact, multiplying by 1 / k is not."""
+    return f"k {k}"
 
 
 class Ops:
@@ -104,18 +110,18 @@ class Forward:
         return self.op.mul(self.op.rms_norm(x, self.config.norm_eps), self.weights[weight])
 
     # --- spikes ----------------------------------------------------------------------------------------
-    def spiked_input(self, x: int) -> int:
-        """What the linears of a spiking input take; x itself where the model does not spike."""
-        return self.spiked(x) if self.config.spike_k else x
+    def spiked_input(self, i: int, kind: str, x: int) -> int:
+        """What the linears of a spiking input of layer i take; x itself where the model does not spike."""
+        return self.spiked(x, *self.config.spikes_of(i, kind)) if self.config.spike_k else x
 
-    def spiked(self, x: int, k: str = "k") -> int:
+    def spiked(self, x: int, k: float, dead_zone: float = 0.0) -> int:
         """count * threshold over the innermost axis."""
         op = self.op
         mean = op.mean(op.abs(x))
-        threshold = op.clamp(op.div(mean, self.leaf[k]), MIN_SCALE, MAX_SCALE)
+        threshold = op.clamp(op.div(mean, self.leaf[k_leaf(k)]), MIN_SCALE, MAX_SCALE)
         counts = self.rounded(op.div(x, threshold))
-        if self.config.dead_zone and k == "k":
-            live = op.step(op.sub(op.abs(x), op.scale(mean, self.config.dead_zone)))
+        if dead_zone:
+            live = op.step(op.sub(op.abs(x), op.scale(mean, dead_zone)))
             counts = op.mul(counts, live)
         return op.mul(counts, threshold)
 
@@ -125,13 +131,13 @@ class Forward:
     # --- GLA -------------------------------------------------------------------------------------------
     def gla_layer(self, i: int, x: int) -> int:
         """S_t = exp(g_t) * S_(t-1) + k_t v_t^T ; o_t = q_t S_t / sqrt(d)."""
-        spikes = self.spiked_input(x)
+        spikes = self.spiked_input(i, "attention in", x)
         projected = self.linears(i, ("attn_q", "attn_k", "attn_v"), spikes)             # ((H+2G)*d, n)
         if self.config.gate_rank:
             gate = self.linear(f"blk.{i}.attn_gk_b", self.linear(f"blk.{i}.attn_gk_a", x))
         else:
             gate = self.linears(i, ("attn_gk",), spikes)                                # (G*d, n)
-        return self.linears(i, ("attn_output",), self.spiked_input(self.gla(i, projected, gate)))
+        return self.linears(i, ("attn_output",), self.spiked_input(i, "attention out", self.gla(i, projected, gate)))
 
     def gla(self, i: int, projected: int, gate: int) -> int:
         """From q, k, v (rows of `projected`) and gate to (D, n), by ggml's own operation.
@@ -179,8 +185,9 @@ class Forward:
     # --- sliding window --------------------------------------------------------------------------------
     def window_layer(self, i: int, x: int) -> int:
         """Softmax attention over the last W tokens."""
-        projected = self.linears(i, ("attn_q", "attn_k", "attn_v"), self.spiked_input(x))   # ((H+2G)*d, n)
-        return self.linears(i, ("attn_output",), self.spiked_input(self.window(i, projected)))
+        spikes = self.spiked_input(i, "attention in", x)
+        projected = self.linears(i, ("attn_q", "attn_k", "attn_v"), spikes)                 # ((H+2G)*d, n)
+        return self.linears(i, ("attn_output",), self.spiked_input(i, "attention out", self.window(i, projected)))
 
     def window(self, i: int, projected: int) -> int:
         """From q, k, v (rows of `projected`) to (D, n); new keys and values go into the ring."""
@@ -191,7 +198,7 @@ class Forward:
         k = self.cached(f"{i}.keys", self.heads(qk, H, G))
         v = self.cached(f"{i}.values", self.heads(projected, H + G, G))
         if c.int8_window:
-            q = self.spiked(op.cont(q), "query_k")
+            q = self.spiked(op.cont(q), QUERY_SPIKE_K)
         if self.n == 1:     # the slot it takes is that of the one token that just left the window
             self.store(i, k, v)
             return self.attend_one(i, q)
@@ -260,8 +267,8 @@ class Forward:
     # --- FFN -------------------------------------------------------------------------------------------
     def ffn(self, i: int, x: int) -> int:
         h = self.gated(i, x)                                                            # (F, n)
-        return self.linears(i, ("ffn_down",), self.spiked_input(h) if self.config.spike_down else h)
+        return self.linears(i, ("ffn_down",), self.spiked_input(i, "FFN down", h) if self.config.spike_down else h)
 
     def gated(self, i: int, x: int) -> int:
         """silu(gate) * up, (F, n)."""
-        return self.op.swiglu(self.linears(i, ("ffn_gate", "ffn_up"), self.spiked_input(x)))
+        return self.op.swiglu(self.linears(i, ("ffn_gate", "ffn_up"), self.spiked_input(i, "FFN in", x)))

@@ -71,11 +71,12 @@ class NativeForward(Forward):
         self._addresses.append((structure, name, tensor, offset))
 
     # --- spikes ----------------------------------------------------------------------------------------
-    def spiked_input(self, x: Any) -> Any:
+    def spiked_input(self, i: int, kind: str, x: Any) -> Any:
         if not self.events or not self.config.spike_k:
-            return super().spiked_input(x)
-        c, n, width = self.config, self.n, self.width(x)
-        op = EncodeOp(k=c.spike_k, dead_zone=c.dead_zone, n=n, width=width)
+            return super().spiked_input(i, kind, x)
+        n, width = self.n, self.width(x)
+        k, dead_zone = self.config.spikes_of(i, kind)
+        op = EncodeOp(k=k, dead_zone=dead_zone, n=n, width=width)
         tensor = self.node("encode", op, [x], "I32", n * width + n)
         self.at(op, "x", x)
         self.at(op, "counts", tensor)
@@ -102,7 +103,7 @@ class NativeForward(Forward):
         return self.op.reshape_2d(y, op.y_stride, n)
 
     def gated(self, i: int, x: int) -> int:
-        spikes = self.spiked_input(x)
+        spikes = self.spiked_input(i, "FFN in", x)
         found = self.native_linears([f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"], spikes, self.n)
         if found is None:
             return super().gated(i, x)

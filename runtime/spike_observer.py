@@ -9,13 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from sbedge.config import ModelConfig
+from sbedge.config import INPUT_KINDS, ModelConfig
 from sbedge.reference import Reference
 
-# What spikes, and the linears that read it; all linears of one input share its counts.
-KINDS = {"attention in": ("q_proj", "k_proj", "v_proj", "gk_proj"), "attention out": ("o_proj",),
-         "FFN in": ("gate_proj", "up_proj"), "FFN down": ("down_proj",)}
-_KIND_OF = {linears[0]: kind for kind, linears in KINDS.items()}
+KINDS = tuple(INPUT_KINDS)
+_KIND_OF = {linears[0]: kind for kind, linears in INPUT_KINDS.items()}      # the first that reads it tells
 
 See = Callable[[int, str, np.ndarray], None]    # (layer, kind, counts [n, channels])
 
@@ -37,7 +35,7 @@ class SpikeObserver(Reference):
 
 def spiking_config(config: ModelConfig, k: float, dead_zone: float = 0.0) -> ModelConfig:
     """`config` with every large linear's input spiked, as `w8-spike` exports of a base checkpoint have it."""
-    return replace(config, spike_k=k, spike_down=True, dead_zone=dead_zone)
+    return replace(config, spike_k=k, spike_down=True, dead_zone=dead_zone, input_spike_k=(), input_dead_zone=())
 
 
 def fan_outs(config: ModelConfig, layer: int) -> dict[str, int]:

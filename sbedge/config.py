@@ -12,6 +12,10 @@ from .errors import CheckpointError
 GATE_RANK = 16          # base and SFT checkpoints factor the gate projection through 16 channels
 WEIGHT_GROUP = 128      # W8ASpike: input channels that share one weight scale
 GATE_DIVISOR = 16.0     # log_decay = logsigmoid(gate) / 16
+# What spikes, and the linears that read it; all linears of one input share its counts.
+INPUT_KINDS = {"attention in": ("q_proj", "k_proj", "v_proj", "gk_proj"), "attention out": ("o_proj",),
+               "FFN in": ("gate_proj", "up_proj"), "FFN down": ("down_proj",)}
+KIND_OF = {projection: kind for kind, projections in INPUT_KINDS.items() for projection in projections}
 MAX_SIZE = 1 << 24      # no dimension of a real model is larger; bounds what an untrusted file can ask for
 
 
@@ -43,6 +47,10 @@ class ModelConfig:
     int8_window: bool = False           # W8ASpike's attention: keys and values as int8 codes, queries spiked
     spike_down: bool = False            # the input of down_proj spikes, too (the published W8ASpike leaves it out)
     dead_zone: float = 0.0              # channels with |x| < dead_zone * mean|x| are silent
+    # Of calibrated exports, instead of the two above: one of each for every layer and input kind, layer by layer in the
+    # order of INPUT_KINDS.
+    input_spike_k: tuple[float, ...] = ()
+    input_dead_zone: tuple[float, ...] = ()
     half_window: bool = False           # keys and values as float16: chosen when a model is loaded, nothing of its own
 
     @property
@@ -62,8 +70,17 @@ class ModelConfig:
     def is_window_layer(self, layer: int) -> bool:
         return layer in self.attn_layers
 
+    def spikes_of(self, layer: int, kind: str) -> tuple[float, float]:
+        """k and dead zone with which the inputs of a kind spike in a layer of a model that spikes."""
+        at = layer * len(INPUT_KINDS) + list(INPUT_KINDS).index(kind)
+        return (self.input_spike_k[at] if self.input_spike_k else self.spike_k,
+                self.input_dead_zone[at] if self.input_dead_zone else self.dead_zone)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as JSON takes them, but for what a loaded model alone has, and for empty ones that came later:
+        fingerprints hash this, and stay what they were."""
+        return {key: value for key, value in asdict(self).items()
+                if key != "half_window" and (value or key not in INPUT_FIELDS)}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
@@ -97,6 +114,8 @@ class ModelConfig:
             int8_window=_flag(raw, "int8_window", source),
             spike_down=_flag(raw, "spike_down", source),
             dead_zone=_positive(raw, "dead_zone", 0.0, source, low=0.0),
+            input_spike_k=_of_inputs(raw, "input_spike_k", sizes["num_hidden_layers"], source, low=1e-30),
+            input_dead_zone=_of_inputs(raw, "input_dead_zone", sizes["num_hidden_layers"], source, low=0.0),
         )
 
     @classmethod
@@ -115,8 +134,9 @@ class ModelConfig:
         return cls.from_dict({k: v for k, v in raw.items() if k not in unpublished}, source=str(path))
 
 
+INPUT_FIELDS = ("input_spike_k", "input_dead_zone")
 PUBLISHED_KEYS = {f.name for f in fields(ModelConfig)} - {"gate_rank", "spike_k", "int8_window", "spike_down",
-                                                         "dead_zone", "half_window"}
+                                                         "dead_zone", "half_window", *INPUT_FIELDS}
 
 
 def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
@@ -149,6 +169,14 @@ def _positive(raw: Mapping[str, Any], key: str, default: float, source: str, low
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < 1e30:
         raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive number")
     return float(value)
+
+
+def _of_inputs(raw: Mapping[str, Any], key: str, layers: int, source: str, low: float) -> tuple[float, ...]:
+    """A number for each layer and input kind, or none at all."""
+    values, count = raw.get(key) or (), layers * len(INPUT_KINDS)
+    if not isinstance(values, (list, tuple)) or len(values) not in (0, count):
+        raise CheckpointError(f"{source}: {key} must hold {count} numbers, one for each layer and input kind")
+    return tuple(_positive({key: value}, key, low, source, low) for value in values)
 
 
 def _flag(raw: Mapping[str, Any], key: str, source: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import SPIKING_PROJECTIONS, Checkpoint
-from .config import GATE_DIVISOR, ModelConfig
+from .config import GATE_DIVISOR, KIND_OF, ModelConfig
 from .errors import InputError, StateError
 from .state import State, state_layout
 
@@ -71,9 +71,13 @@ class Reference:
 
     def encode(self, name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Spike counts [n, in] and thresholds [n, 1] of the input of linear `name`."""
-        return spike_encode(x, self.config.spike_k, self.config.dead_zone)
+        layer, projection = int(name.split(".")[2]), name.split(".")[4]
+        return spike_encode(x, *self.config.spikes_of(layer, KIND_OF[projection]))
 
     def gla_layer(self, i: int, x: np.ndarray, state: State) -> np.ndarray:
+        return self.linear(f"model.layers.{i}.attn.o_proj", self.gla(i, x, state))
+
+    def gla(self, i: int, x: np.ndarray, state: State) -> np.ndarray:
         """Gated linear attention: S_t = exp(g_t) * S_(t-1) + k_t v_t^T ; o_t = q_t S_t / sqrt(d)."""
         c, attn = self.config, f"model.layers.{i}.attn."
         n, G, d = len(x), c.num_key_value_heads, c.head_dim
@@ -86,8 +90,7 @@ class Reference:
         for t in range(n):
             S[...] = np.exp(log_decay[t])[:, :, None] * S + k[t][:, :, None] * v[t][:, None, :]
             o[t] = q[t] @ S
-        normed = rms_norm(o, self.weights[attn + "g_norm.weight"], c.norm_eps)
-        return self.linear(attn + "o_proj", normed.reshape(n, c.hidden_size))
+        return rms_norm(o, self.weights[attn + "g_norm.weight"], c.norm_eps).reshape(n, c.hidden_size)
 
     def gate(self, attn: str, x: np.ndarray) -> np.ndarray:
         """Gate logits [n, G*d]: one full-rank projection (W8ASpike) or two through 16 channels."""
@@ -96,6 +99,9 @@ class Reference:
         return self.linear(attn + "gk_proj.1", self.linear(attn + "gk_proj.0", x))
 
     def window_layer(self, i: int, x: np.ndarray, state: State) -> np.ndarray:
+        return self.linear(f"model.layers.{i}.attn.o_proj", self.window(i, x, state))
+
+    def window(self, i: int, x: np.ndarray, state: State) -> np.ndarray:
         """Softmax attention over the last W tokens, the current one included, kept in a ring."""
         c, attn = self.config, f"model.layers.{i}.attn."
         n, G, d, W = len(x), c.num_key_value_heads, c.head_dim, c.sliding_window
@@ -114,7 +120,7 @@ class Reference:
             keys, values = self.stored(state, i, min(state.position + t + 1, W))    # [len, G, d]
             scores = np.einsum("ghd,wgd->ghw", grouped[t], keys) * np.float32(d ** -0.5)
             o[t] = np.einsum("ghw,wgd->ghd", softmax(scores), values)
-        return self.linear(attn + "o_proj", o.reshape(n, c.hidden_size))
+        return o.reshape(n, c.hidden_size)
 
     def store(self, state: State, i: int, slot: int, k: np.ndarray, v: np.ndarray) -> None:
         """Put one token's key and value [G, d] into the ring, as int8 codes where the model does so."""
@@ -134,9 +140,11 @@ class Reference:
                 values * state.arrays[f"{i}.value_scales"][:length, :, None])
 
     def ffn(self, i: int, x: np.ndarray) -> np.ndarray:
+        return self.linear(f"model.layers.{i}.mlp.down_proj", self.gated(i, x))
+
+    def gated(self, i: int, x: np.ndarray) -> np.ndarray:
         mlp = f"model.layers.{i}.mlp."
-        return self.linear(mlp + "down_proj",
-                           silu(self.linear(mlp + "gate_proj", x)) * self.linear(mlp + "up_proj", x))
+        return silu(self.linear(mlp + "gate_proj", x)) * self.linear(mlp + "up_proj", x)
 
 
 # --- functions -----------------------------------------------------------------------------------

@@ -62,6 +62,10 @@ def test_tied_embeddings_need_no_lm_head(folder: Path) -> None:
     assert "lm_head.weight" not in Checkpoint(folder).names()
 
 
+def test_a_fingerprint_is_what_earlier_versions_wrote_into_exports_and_states() -> None:
+    assert Checkpoint(TINY).fingerprint == "41369b16acf2931d5f7d104f65db2dd7e0cce6c4d063747a5ad831fdfae43ca6"
+
+
 def test_the_fingerprint_tells_checkpoints_apart(folder: Path, tmp_path: Path) -> None:
     before = Checkpoint(folder).fingerprint
     assert before == Checkpoint(copy_checkpoint(TINY, tmp_path / "twin")).fingerprint

@@ -191,7 +191,7 @@ def tokenizer_summary(tokenizer: Tokenizer) -> dict[str, Any]:
 def describe(path: str, summary: dict[str, Any]) -> str:
     c, tokenizer, source = summary["config"], summary["tokenizer"], summary["source"]
     head = c["hidden_size"] // c["num_attention_heads"]
-    spiking = f", spiking activations (k = {c['spike_k']:g})" if c["spike_k"] else ""
+    spiking = f", spiking activations (k = {c['spike_k']:g}{dead_zones(c)})" if c["spike_k"] else ""
     lines = [
         ("model", f"{path} ({summary['kind']}, {size(summary['file_bytes'])})"),
         ("architecture", f"SpikingBrain{spiking}"),
@@ -211,6 +211,13 @@ def describe(path: str, summary: dict[str, Any]) -> str:
         lines += [("tensor", f"{t['name']}  {t['type']} {list(t['shape'])}  {size(t['nbytes'])}")
                   for t in summary["tensors"]]
     return "".join(f"{name + ':':14}{one_line(str(value))}\n" for name, value in lines)
+
+
+def dead_zones(config: dict[str, Any]) -> str:
+    """How a spiking model's dead zones are, to put behind its k; nothing where it has none."""
+    if zones := config.get("input_dead_zone"):
+        return f", dead zones {min(zones):.2f} to {max(zones):.2f}"
+    return f", dead zone {config['dead_zone']:g}" if config["dead_zone"] else ""
 
 
 def size(nbytes: int) -> str:

@@ -16,8 +16,10 @@ import sbedge
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import ModelConfig
 from sbedge.errors import ExportError, SbedgeError
+from sbedge.export.calibrated import Calibrated
 from sbedge.export.spikes import Spikes, event_layout, exported_config
 from sbedge.gguf_format import ARCHITECTURE, TYPES, config_metadata, gguf_name, row_bytes
+from sbedge.quant.ggml_blocks import block_rows
 from sbedge.quant.ggml_library import load_ggml, quantize_rows
 
 from .tensors import Tensor, event_tensors
@@ -53,7 +55,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quan
     if path.is_dir():
         raise ExportError(f"{path}: is a folder; a GGUF export is one file")
     config = exported_config(checkpoint, quant, spikes)
-    recipe = f"{quant}, embeddings {embedding_quant}"
+    recipe = f"{quant}, embeddings {embedding_quant}" + (", calibrated" if isinstance(checkpoint, Calibrated) else "")
     tensors = [t for name in checkpoint.names() if not name.endswith(".scales")
                for t in _plan(checkpoint, name, quant, embedding_quant)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -92,10 +94,14 @@ def _plan(checkpoint: Checkpoint, name: str, quant: str, embedding_quant: str) -
     kind = _type_of(name, shape, embedding_quant if name in EMBEDDINGS else quant)
     rows = shape[0] if len(shape) == 1 else max(1, BLOCK_BYTES // (4 * shape[1]))
 
+    def block(start: int, stop: int) -> np.ndarray:
+        if isinstance(checkpoint, Calibrated) and (levels := checkpoint.levels(name, start, stop)):
+            return block_rows(levels, kind)
+        return quantize_rows(np.atleast_2d(checkpoint.weight(name, start, stop)), kind)
+
     def blocks() -> Iterator[Callable[[], np.ndarray]]:
         for start in range(0, shape[0], rows):
-            stop = min(start + rows, shape[0])
-            yield partial(lambda a, b: quantize_rows(np.atleast_2d(checkpoint.weight(name, a, b)), kind), start, stop)
+            yield partial(block, start, min(start + rows, shape[0]))
 
     return [Tensor(gguf_name(name), shape, kind, blocks)]
 

@@ -14,6 +14,7 @@ import onnx
 from sbedge import __version__
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import ExportError
+from sbedge.export.calibrated import Calibrated
 from sbedge.export.spikes import Spikes, exported_config
 
 from .genai import genai_config
@@ -95,9 +96,12 @@ def write_model(checkpoint: Checkpoint, folder: Path, recipe: Recipe, progress: 
 
 def write_sidecars(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
     published = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    quantization: dict[str, Any] = {"linear": recipe.linear, "embedding": recipe.embedding}
+    if isinstance(checkpoint, Calibrated):
+        quantization["calibrated"] = True
     block: dict[str, Any] = {
         "config": recipe.config.to_dict(), "source": checkpoint.fingerprint, "exporter": __version__,
-        "quantization": {"linear": recipe.linear, "embedding": recipe.embedding}, "spike_k": recipe.config.spike_k}
+        "quantization": quantization, "spike_k": recipe.config.spike_k}
     write_json(folder / "config.json", {**published, "sbedge": block})
     write_json(folder / "genai_config.json", genai_config(recipe.config))
     for name in TOKENIZER_FILES:

@@ -29,13 +29,13 @@ class Graph(Layers):
             layer = f"model.layers.{i}."
             mixer = self.window_layer if c.is_window_layer(i) else self.gla_layer
             h = self.node("Add", [h, mixer(i, layer + "attn.", self.rms_norm(layer + "attn_norm", h))])
-            h = self.node("Add", [h, self.ffn(layer + "mlp.", self.rms_norm(layer + "mlp_norm", h))])
+            h = self.node("Add", [h, self.ffn(i, layer + "mlp.", self.rms_norm(layer + "mlp_norm", h))])
         logits = self.lm_head(self.rms_norm("model.norm", self.last_rows(h)))       # [1, k, V]
         self.nodes.append(helper.make_node("Identity", [logits], ["logits"], "logits"))
         return self.model()
 
     def gla_layer(self, i: int, attn: str, x: str) -> str:
-        spiked = self.spiked(x)
+        spiked = self.spiked(i, "attention in", x)
         q, k, v = self.linears([f"{attn}{name}_proj" for name in "qkv"], spiked)
         if self.config.gate_rank:
             gate = self.linear(attn + "gk_proj.1", self.linear(attn + "gk_proj.0", x))
@@ -44,10 +44,10 @@ class Graph(Layers):
         y, _ = self.own(
             "GatedLinearAttention", [q, k, v, gate, self.stored(attn + "g_norm.weight"), f"past.{i}.recurrent"],
             ["y", f"present.{i}.recurrent"], epsilon=self.config.norm_eps, **self.head_sizes())
-        return self.linear(attn + "o_proj", self.spiked(self.typed(y, self.config.hidden_size)))
+        return self.linear(attn + "o_proj", self.spiked(i, "attention out", self.typed(y, self.config.hidden_size)))
 
     def window_layer(self, i: int, attn: str, x: str) -> str:
-        spiked = self.spiked(x)
+        spiked = self.spiked(i, "attention in", x)
         q, k, v = self.linears([f"{attn}{name}_proj" for name in "qkv"], spiked)
         op, parts, extra = "SlidingWindowAttention", ["key", "value"], {}
         if self.config.int8_window:
@@ -56,15 +56,15 @@ class Graph(Layers):
         y, *_ = self.own(
             op, [q, k, v, *(f"past_key_values.{i}.{part}" for part in parts), *self.rotary_angles, "position_ids"],
             ["y", *(f"present.{i}.{part}" for part in parts)], **self.head_sizes(), **extra)
-        return self.linear(attn + "o_proj", self.spiked(self.typed(y, self.config.hidden_size)))
+        return self.linear(attn + "o_proj", self.spiked(i, "attention out", self.typed(y, self.config.hidden_size)))
 
-    def ffn(self, mlp: str, x: str) -> str:
+    def ffn(self, i: int, mlp: str, x: str) -> str:
         """down(silu(gate(x)) * up(x)); the input of down spikes if the model says so (W8ASpike does not)."""
-        spiked = self.spiked(x)
+        spiked = self.spiked(i, "FFN in", x)
         gate, up = self.linears([mlp + "gate_proj", mlp + "up_proj"], spiked)
         silu = self.node("Mul", [gate, self.node("Sigmoid", [gate])])
         h = self.node("Mul", [silu, up])
-        return self.linear(mlp + "down_proj", self.spiked(h) if self.config.spike_down else h)
+        return self.linear(mlp + "down_proj", self.spiked(i, "FFN down", h) if self.config.spike_down else h)
 
     def last_rows(self, h: str) -> str:
         """h [1, n, D] -> its last logits_to_keep rows: none of them when that is 0."""

@@ -11,8 +11,9 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import WEIGHT_GROUP, ModelConfig
+from sbedge.export.calibrated import Calibrated
 from sbedge.export.spikes import event_layout
-from sbedge.quant.blocks import BLOCK, Blocks, quantize_blocks
+from sbedge.quant.blocks import BLOCK, Blocks, blocks_of, quantize_blocks
 
 from . import ops
 from .events import write_w4, write_w8
@@ -85,12 +86,14 @@ class Layers:
     def rms_norm(self, name: str, x: str) -> str:
         return self.node("RMSNormalization", [x, self.stored(name + ".weight")], axis=-1, epsilon=self.config.norm_eps)
 
-    def spiked(self, x: str) -> str | Spikes:
-        """`x` as spikes where the model spikes; one encoding serves all linears that read it."""
+    def spiked(self, i: int, kind: str, x: str) -> str | Spikes:
+        """`x`, a kind of input of layer i, as spikes where the model spikes; one encoding serves all linears that read
+        it."""
         if not self.config.spike_k:
             return x
-        zone = {"dead_zone": float(self.config.dead_zone)} if self.config.dead_zone else {}
-        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=float(self.config.spike_k), **zone))
+        k, dead_zone = self.config.spikes_of(i, kind)
+        zone = {"dead_zone": float(dead_zone)} if dead_zone else {}
+        return Spikes(*self.own("SpikeEncode", [x], ["count", "threshold"], k=float(k), **zone))
 
     # --- linear layers: x [1, n, K] -> [1, n, N] ---------------------------------------------------
     def linears(self, names: list[str], x: str | Spikes) -> list[str]:
@@ -207,6 +210,12 @@ class Layers:
 
     def quantize(self, name: str, bits: int, small: list) -> Iterator[np.ndarray]:
         """Codes, piece by piece; scales and zero points are collected in `small`."""
+        if isinstance(self.checkpoint, Calibrated) and (levels := self.checkpoint.levels(name)):
+            blocks = blocks_of(levels, bits)
+            small.append((blocks.scales, blocks.zero_points))
+            yield blocks.codes
+            self.advance(name, levels.levels.size)
+            return
         rows = max(1, SLICE_WEIGHTS // self.checkpoint.shapes[name][1])
         with ThreadPoolExecutor(WORKERS) as pool:
             for piece in self.read(name):

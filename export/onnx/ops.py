@@ -252,7 +252,8 @@ BODIES = (SPIKE_ENCODE, GATED_LINEAR_ATTENTION, ROTARY_ANGLES, SLIDING_WINDOW_AT
 
 def largest_count(config: ModelConfig) -> float:
     """No spike count of the model's linears is larger; see spike_ops.py."""
-    return config.spike_k * max(config.hidden_size, config.intermediate_size if config.spike_down else 0)
+    k = max((config.spike_k, *config.input_spike_k))
+    return k * max(config.hidden_size, config.intermediate_size if config.spike_down else 0)
 
 
 def digits_of(config: ModelConfig) -> int:
