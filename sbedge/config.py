@@ -116,6 +116,7 @@ class ModelConfig:
             dead_zone=_positive(raw, "dead_zone", 0.0, source, low=0.0),
             input_spike_k=_of_inputs(raw, "input_spike_k", sizes["num_hidden_layers"], source, low=1e-30),
             input_dead_zone=_of_inputs(raw, "input_dead_zone", sizes["num_hidden_layers"], source, low=0.0),
+            half_window=False,      # no file's business
         )
 
     @classmethod
