@@ -1,12 +1,15 @@
 """Output files that appear whole or not at all."""
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sbedge.errors import ExportError
 
@@ -65,3 +68,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """Header of a safetensors file whose data are the tensors (name, "F32" | "BF16", shape) in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * {"F32": 4, "BF16": 2}[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the data aligned for memory mapping
+    return len(text).to_bytes(8, "little") + text

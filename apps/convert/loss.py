@@ -1,0 +1,71 @@
+"""How far the student's predictions are from the source's, without ever holding all logits."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROWS = 256      # tokens whose logits are in memory at once
+
+
+class Distance(torch.autograd.Function):
+    """Mean KL(source || student), nats a token, over what is known of the source: its likeliest tokens and their rest.
+
+    x [N, D] the head's input, head [V, D], ids [N, K] int64, logprobs [N, K] float32. The gradient is made on the way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(x), x.new_zeros((), dtype=torch.float64)
+        for rows in torch.arange(len(x)).split(ROWS):
+            a, b = int(rows[0]), int(rows[-1]) + 1
+            z = F.linear(x[a:b], head).float()
+            loss = _rows(z, ids[a:b], logprobs[a:b])
+            total += loss.double().sum()
+            gradient[a:b] = z.to(x.dtype) @ head            # z is the logits' gradient by now
+        ctx.save_for_backward(gradient)
+        ctx.rows = len(x)
+        return (total / len(x)).float()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:    # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * (upstream / ctx.rows).to(gradient.dtype), None, None, None
+
+
+def _rows(z: Tensor, ids: Tensor, source: Tensor) -> Tensor:
+    """KL of each row; logits z [n, V] are replaced by their gradient."""
+    z -= z.logsumexp(-1, keepdim=True)
+    chosen = z.gather(1, ids)                                               # [n, K] the student's logprobs
+    p = source.exp()
+    rest = (1 - p.sum(-1, keepdim=True)).clamp(min=1e-6)
+    own_rest = (1 - chosen.exp().sum(-1, keepdim=True)).clamp(min=1e-6)
+    loss = (p * (source - chosen)).sum(-1) + (rest * (rest.log() - own_rest.log()))[:, 0]
+    z.exp_()
+    z *= 1 - rest / own_rest
+    z.scatter_(1, ids, chosen.exp() - p)
+    return loss
+
+
+def distance(x: Tensor, head: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    return Distance.apply(x, head, ids, logprobs)
+
+
+@torch.no_grad()
+def likeliest(x: Tensor, head: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids [N, count] and log-probabilities of the likeliest tokens: what `distance` needs of the source."""
+    parts = []
+    for rows in x.split(ROWS):
+        z = F.linear(rows, head).float()
+        top = z.topk(count, dim=-1)
+        parts.append((top.indices, top.values - z.logsumexp(-1, keepdim=True)))
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+@torch.no_grad()
+def nats(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood [N] of the next tokens."""
+    return torch.cat([F.cross_entropy(F.linear(rows, head).float(), t, reduction="none")
+                      for rows, t in zip(x.split(ROWS), targets.split(ROWS), strict=True)])
