@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from sbedge.apps.options import read_text
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise ExportError(f"{args.output}: exists already; choose another name or remove it first")
     texts = [read_text(file) for file in args.text]
-    if importlib.util.find_spec("torch") is None:
+    if not torch_installed():
         raise EngineUnavailable("conversion trains with torch, which is not installed; pip install 'sbedge[convert]'")
     import torch
 
@@ -60,3 +59,11 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(args.gla_layers, args.window, args.tokens, own, args.seed, args.rank, args.length)
     with steps_bar() as report:
         convert(args.source, args.output, settings, texts, resume=args.resume, delta_file=args.delta, report=report)
+
+
+def torch_installed() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True

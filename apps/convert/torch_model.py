@@ -6,12 +6,14 @@ float32); what is trained is float32. Notation: B sequences, T tokens, D hidden,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbedge.checkpoint import Checkpoint
 from sbedge.config import GATE_DIVISOR, ModelConfig
 from sbedge.reference import rope_angles
 
@@ -209,6 +211,18 @@ class Hybrid(nn.Module):
         self.head = _vector(weight("model.embeddings.weight" if tied else "lm_head.weight")).to(self.dtype)
         self.layers = nn.ModuleList(Layer(config, i, weight, rank if i >= first else 0, self.dtype)
                                     for i in range(config.num_hidden_layers))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, **options: Any) -> Hybrid:
+        """A checkpoint as it is, its GLA layers included."""
+        model = cls(checkpoint.config, checkpoint.weight, **options)
+        for i, _ in enumerate(model.layers):
+            if not checkpoint.config.is_window_layer(i):
+                mixer = GlaMixer(checkpoint.config)
+                mixer.load_state_dict({name: torch.from_numpy(checkpoint.weight(f"model.layers.{i}.attn.{name}"))
+                                       for name in mixer.state_dict()})
+                model.replace({i: mixer})
+        return model
 
     def replace(self, mixers: Mapping[int, GlaMixer]) -> None:
         """Convert layers for good: their window attention is dropped."""
