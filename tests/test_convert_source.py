@@ -23,7 +23,6 @@ from sbedge.errors import CheckpointError, ExportError, ModelFileError
 from sbedge.reference import Reference
 from sbedge.runtime.tokenizer import Tokenizer
 
-
 # ---- sources ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -136,7 +135,7 @@ def test_a_saved_delta_comes_back_within_8_bit(tmp_path: Path, source: Path) -> 
 
 def test_a_delta_of_another_source_is_refused(tmp_path: Path, source: Path) -> None:
     write_window_checkpoint(write_tiny_llama(tmp_path / "other", seed=1), tmp_path / "source-2")
-    with pytest.raises(CheckpointError, match="made for the checkpoint with fingerprint .* use the source"):
+    with pytest.raises(CheckpointError, match=r"made for the checkpoint with fingerprint .* use the source"):
         apply_delta(tmp_path / "source-2", a_delta(source), tmp_path / "out")
 
 
@@ -163,7 +162,7 @@ def test_a_file_that_is_no_delta_is_refused(tmp_path: Path, content: bytes | Non
         save_file({"x": np.ones(3, np.float32)}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="delta|expected 'sbedge-delta-1'"):
+    with pytest.raises(CheckpointError, match=r"delta|expected 'sbedge-delta-1'"):
         load_delta(path)
 
 

@@ -31,8 +31,8 @@ def write_tiny_llama(folder: Path, kind: str = "llama", *, seed: int = 0, **over
     (folder / "config.json").write_text(json.dumps(raw))
     rng = np.random.default_rng(seed)
     sizes = {key: raw[key] for key in SIZES}
-    config = ModelConfig.from_dict({**sizes, "sliding_window": 64, "attn_layers": list(range(sizes["num_hidden_layers"])),
-                                    "tie_word_embeddings": raw["tie_word_embeddings"]})
+    config = ModelConfig.from_dict({**sizes, "sliding_window": 64, "tie_word_embeddings": raw["tie_word_embeddings"],
+                                    "attn_layers": list(range(sizes["num_hidden_layers"]))})
     tensors = {}
     for name, shape in expected_tensors(config).items():
         if name.endswith("bias") and kind == "llama":

@@ -12,10 +12,10 @@ from sbedge.runtime.engine import default_threads
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Convert a transformer to a SpikingBrain hybrid: N of its layers become gated linear attention, trained to do what\n"
-        "the source's attention did; the others become sliding-window attention. The source writes its own training text.\n"
-        "Needs torch (pip install 'sbedge[convert]') and hours rather than minutes; an interrupted conversion goes on\n"
-        "with --resume. docs/convert.md tells how it works.")
+        "Convert a transformer to a SpikingBrain hybrid: N of its layers become gated linear attention, trained to do\n"
+        "what the source's attention did; the others become sliding-window attention. The source writes its own\n"
+        "training text. Needs torch (pip install 'sbedge[convert]') and hours rather than minutes; an interrupted\n"
+        "conversion goes on with --resume. docs/convert.md tells how it works.")
     parser.epilog = ("example:\n  sbedge convert SmolLM2-135M-Instruct -o hybrid --gla-layers 8 --text prose.txt\n"
                      "  sbedge chat hybrid.gguf       # after: sbedge export hybrid -o hybrid.gguf")
     parser.add_argument("source", type=Path, metavar="SOURCE",
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="rank of the corrections to the other weights; 0 trains the GLA layers alone (default 8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same checkpoint")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
-    parser.add_argument("--delta", type=Path, metavar="FILE", help="also write what was learned as one small file, 8 bit")
+    parser.add_argument("--delta", type=Path, metavar="FILE", help="also write what was learned as a small file, 8 bit")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted conversion, same options")
 
 

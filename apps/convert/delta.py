@@ -65,7 +65,8 @@ def load_delta(path: Path) -> Delta:
         layers = tuple(int(i) for i in json.loads(about["attn_layers"]))
         tensors = {name: _values(name, stored) for name in stored if not name.endswith(".scale")}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a readable delta ({error}); expected one written by `sbedge convert`") from None
+        raise CheckpointError(f"{path}: not a readable delta ({error}); expected a file of `sbedge convert --delta`") \
+            from None
     return Delta(about.get("source", ""), layers, tensors)
 
 

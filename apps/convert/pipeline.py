@@ -26,7 +26,7 @@ from .sampling import Writer
 from .source import write_window_checkpoint
 from .torch_model import GlaMixer, Hybrid
 
-TRIAL_SHARE, TRANSFER_SHARE = 0.08, 0.25    # of the training tokens: all layers before ranking, the chosen ones after
+TRIAL_SHARE, TRANSFER_SHARE = 0.1, 0.1    # of the training tokens: all layers before ranking, the chosen ones after
 TRANSFER_RATE, TUNE_RATE = 1e-3, 7e-4
 RANK_ROWS = 2                               # rows that layers are ranked by
 
@@ -115,7 +115,7 @@ def _text(work: Path, checkpoint: Checkpoint, settings: Settings, texts: Sequenc
 
 
 def pack(documents: Iterable[Sequence[int]], length: int, *, cut: bool = True) -> list[list[int]]:
-    """Rows of `length` ids; with `cut` every row begins where a document does, and what is over at its end is dropped."""
+    """Rows of `length` ids; with `cut` every row begins where a document does, and what is over is dropped."""
     rows, row = [], list[int]()
     for ids in documents:
         row += ids
@@ -175,10 +175,8 @@ def delta_of(model: Hybrid, checkpoint: Checkpoint, chosen: Sequence[int]) -> De
     for name, parameter in model.trained():
         values = parameter.detach().float().numpy()
         _, layer, rest = name.split(".", 2)
-        for ours, theirs in (("gla.", "attn."), ("window.", "attn."), ("gate_up.", "mlp.gate_up."), ("down.", "mlp.down.")):
-            if rest.startswith(ours):
-                rest = theirs + rest.removeprefix(ours)
-                break
+        part, _, rest = rest.partition(".")
+        rest = f"attn.{rest}" if part in ("gla", "window") else f"mlp.{part}.{rest}"
         tensors[f"model.layers.{layer}.{rest}"] = np.ascontiguousarray(values.T if rest.endswith(".B") else values)
     kept = tuple(i for i in range(checkpoint.config.num_hidden_layers) if i not in chosen)
     return Delta(checkpoint.fingerprint, kept, tensors)

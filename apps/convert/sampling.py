@@ -62,7 +62,8 @@ class Writer:
                                                 {"role": "user", "content": MARK}])
             self._next = whole[len(asked):]     # what follows a reply: its end, the next question, an opening
 
-    def write(self, tokens: int, progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[bool, list[int]]]:
+    def write(self, tokens: int,
+              progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[bool, list[int]]]:
         """(is a chat, ids) of finished sequences, until they hold `tokens` ids in all."""
         done = 0
         slots = [self._begin() for _ in range(self.sessions)]

@@ -1,7 +1,7 @@
 """The source of a conversion: a Llama or Qwen2, read as a SpikingBrain checkpoint of sliding-window layers only.
 
 Such a model is softmax attention throughout, so it fits the SpikingBrain layout with all layers listed as
-sliding-window ones; q, k and v biases are zero where it has none. Below `window` tokens it computes what the source does.
+sliding-window ones; q, k and v biases are zero if it has none. Up to `window` tokens it computes what the source does.
 """
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ class _Folder:
             try:
                 handle = safe_open(path / shard, framework="numpy")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path / shard}: damaged safetensors file ({error}); download it again") from None
+                raise CheckpointError(f"{path / shard}: damaged safetensors file ({error}); "
+                                      "download it again") from None
             self.found |= dict.fromkeys(handle.keys(), handle)
         self.shapes = expected_tensors(config)
         used = set()

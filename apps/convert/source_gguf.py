@@ -55,7 +55,8 @@ def open_gguf(path: Path, window: int) -> Source:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
     if not path.is_file():
-        raise ModelFileError(f"{path}: no such file; expected a GGUF file, or a folder with config.json and safetensors")
+        raise ModelFileError(f"{path}: no such file; expected a GGUF file, or a folder with config.json and "
+                             "safetensors")
     try:
         reader = _Reader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}

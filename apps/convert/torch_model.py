@@ -174,7 +174,8 @@ class Layer(nn.Module):
         self.attn_norm = _vector(weight(name + "attn_norm.weight"))
         self.mlp_norm = _vector(weight(name + "mlp_norm.weight"))
         self.window: WindowMixer | None = WindowMixer(config, name + "attn.", weight, rank, dtype)
-        self.gate_up = Frozen(np.concatenate([weight(f"{name}mlp.{p}_proj.weight") for p in ("gate", "up")]), rank, dtype)
+        gate_up = np.concatenate([weight(f"{name}mlp.{part}_proj.weight") for part in ("gate", "up")])
+        self.gate_up = Frozen(gate_up, rank, dtype)
         self.down = Frozen(weight(name + "mlp.down_proj.weight"), rank, dtype)
         self.gla: GlaMixer | None = None
         self.dtype = dtype
