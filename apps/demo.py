@@ -22,7 +22,7 @@ FORMAT_OF = {"ggml": "gguf", "onnx": "onnx"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Chat with a real small model in a minute: fetches SmolLM2-135M-Instruct (90 MB, once), makes it a\n"
-        "SpikingBrain hybrid of gated linear attention and sliding-window layers (trained by `sbedge convert`), exports\n"
+        "SpikingBrain hybrid of gated linear attention and sliding-window layers (made by `sbedge convert`), exports\n"
         "and runs it. Everything is kept in the cache folder ($SBEDGE_CACHE, else $XDG_CACHE_HOME/sbedge, else\n"
         "~/.cache/sbedge; 0.7 GB).")
     parser.epilog = 'examples:\n  sbedge demo\n  sbedge demo -p "Why is the sky blue?" --temperature 0'

@@ -36,7 +36,7 @@ class Distance(torch.autograd.Function):
 
 
 def _rows(z: Tensor, ids: Tensor, source: Tensor) -> Tensor:
-    """KL of each row; logits z [n, V] are replaced by their gradient. One exponential of z: they are what takes time."""
+    """KL of each row; logits z [n, V] are replaced by their gradient. One exponential of each, for it takes time."""
     z -= z.amax(-1, keepdim=True)
     chosen = z.gather(1, ids)                                               # [n, K]
     z.exp_()
