@@ -99,7 +99,8 @@ class _Applied:
     """name -> float32 tensor of the hybrid; checks at once that every tensor of the delta has its place."""
 
     def __init__(self, checkpoint: Checkpoint, delta: Delta, config: ModelConfig, where: str):
-        self.checkpoint, self.delta, self.corrections = checkpoint, delta.tensors, {}
+        self.checkpoint, self.tensors = checkpoint, delta.tensors
+        self.corrections: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         shapes = expected_tensors(config)
         for name, values in delta.tensors.items():
             if name.endswith((".A", ".B")):
@@ -115,7 +116,7 @@ class _Applied:
         whole, matrix = name.rsplit(".", 1)
         prefix, part = ".".join(whole.split(".")[:3]) + ".", ".".join(whole.split(".")[3:])
         linears = [f"{prefix}{linear}.weight" for linear in PARTS.get(part, ())]
-        A, B = (self.delta.tensors.get(f"{whole}.{m}") for m in "AB")
+        A, B = (self.tensors.get(f"{whole}.{m}") for m in "AB")
         out = sum(shapes[linear][0] for linear in linears if linear in shapes)
         if (not out or A is None or B is None or len(A) > MAX_RANK
                 or A.shape != (len(B), shapes[linears[0]][1]) or B.shape != (len(A), out)):
@@ -128,8 +129,8 @@ class _Applied:
                 start += rows
 
     def __call__(self, name: str) -> np.ndarray:
-        if name in self.delta.tensors:
-            return self.delta.tensors[name]
+        if name in self.tensors:
+            return self.tensors[name]
         values = self.checkpoint.tensor(name)
         if name in self.corrections:
             A, B = self.corrections[name]
