@@ -98,6 +98,14 @@ def test_distance_and_its_gradient_are_those_of_kl_over_known_tokens_and_the_res
     assert float(loss.distance(teacher, head, ids, logprobs)) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 640, 7), (2, 64 * 64, 64), (4, 100, 10), (1, 128, 3)])
+def test_the_likeliest_tokens_are_found_in_order(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    rows, vocabulary, count = shape
+    z = torch.randn(rows, vocabulary)
+    torch.testing.assert_close(loss.top_ids(z, count), z.topk(count).indices)
+
+
 # ---- the whole conversion -----------------------------------------------------------------------------
 
 OPTIONS = ["--gla-layers", "2", "--tokens", "4096", "--own-tokens", "600", "--length", "64", "--rank", "2",

@@ -157,12 +157,12 @@ def _chosen(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.nda
 def _tuned(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndarray, chosen: list[int],
            mixers: dict[int, GlaMixer], report: Report | None) -> Hybrid:
     torch.manual_seed(settings.seed)        # the corrections begin at random
-    first = min(chosen)
+    first, steps = min(chosen), settings.steps(1 - TRIAL_SHARE - TRANSFER_SHARE)
     model = Hybrid(checkpoint.config, checkpoint.weight, rank=settings.rank, first=first)
-    answers = stages.ask_source(model, rows, first, work, settings.batch, report)
+    needed = rows[:steps * settings.batch]
+    answers = stages.ask_source(model, needed, first, work, settings.batch, report)
     model.replace(mixers)
-    share = 1 - TRIAL_SHARE - TRANSFER_SHARE
-    plan = Plan("tune", settings.steps(share), settings.batch, TUNE_RATE, settings.seed + 2)
+    plan = Plan("tune", steps, settings.batch, TUNE_RATE, settings.seed + 2)
     stages.tune(model, answers, first, plan, work, report)
     return model
 
