@@ -111,7 +111,7 @@ def rank(model: Hybrid, mixers: dict[int, GlaMixer], rows: np.ndarray, count: in
         return float(distance(model.final(out).flatten(0, 1), model.head, *known))
 
     alone = sorted(mixers, key=lambda i: cost([i]))
-    candidates, chosen = alone[:width * count], []
+    candidates, chosen = alone[:width * count], list[int]()
     while len(chosen) < count:
         best = min((i for i in candidates if i not in chosen), key=lambda i: cost([*chosen, i]))
         chosen.append(best)
