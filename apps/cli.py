@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": ("demo", "chat with a small model that is fetched for you"),
     "chat": ("chat.command", "talk with a model in the terminal"),
     "generate": ("commands.generate", "continue a text"),
+    "convert": ("convert.command", "make a hybrid with GLA layers of a Llama or Qwen2 (trains)"),
     "export": ("commands.export", "turn a checkpoint into a GGUF file or an ONNX folder"),
     "bench": ("commands.bench", "measure speed and memory of a model, or of random weights of a shape"),
     "inspect": ("commands.inspect", "show what a model file holds and how much memory it needs"),

@@ -1,4 +1,4 @@
-"""`sbedge demo`: fetch a small model, make it a SpikingBrain checkpoint, export it, chat."""
+"""`sbedge demo`: fetch a small model, make it a SpikingBrain hybrid, export it, chat."""
 from __future__ import annotations
 
 import argparse
@@ -7,7 +7,7 @@ from pathlib import Path
 from sbedge.apps.chat.command import add_chat_options, make_chat, start
 from sbedge.apps.chat.loop import show
 from sbedge.apps.chat.terminal import Terminal
-from sbedge.apps.demo_model import cache_folder, fetch_weights, write_demo_checkpoint
+from sbedge.apps.demo_model import cache_folder, fetch_weights, write_demo_checkpoint, write_hybrid_checkpoint
 from sbedge.apps.options import read_prompt, sampling_from
 from sbedge.apps.progress import progress_bar
 from sbedge.errors import InputError
@@ -15,20 +15,22 @@ from sbedge.export import DEFAULT_QUANT, check_quant, export_model
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.load import load
 
-NAME = "smollm2-135m"
+NAME, ALL_WINDOW_NAME = "smollm2-135m-hybrid", "smollm2-135m"
 FORMAT_OF = {"ggml": "gguf", "onnx": "onnx"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Chat with a real small model in a minute: fetches SmolLM2-135M-Instruct (90 MB, once), writes it as a\n"
-        "SpikingBrain checkpoint, exports and runs it. It is a stand-in: all its layers are sliding-window ones,\n"
-        "for no small SpikingBrain model is published. Everything is kept in the cache folder ($SBEDGE_CACHE,\n"
-        "else $XDG_CACHE_HOME/sbedge, else ~/.cache/sbedge; 0.7 GB).")
+        "Chat with a real small model in a minute: fetches SmolLM2-135M-Instruct (90 MB, once), makes it a\n"
+        "SpikingBrain hybrid of gated linear attention and sliding-window layers (made by `sbedge convert`), exports\n"
+        "and runs it. Everything is kept in the cache folder ($SBEDGE_CACHE, else $XDG_CACHE_HOME/sbedge, else\n"
+        "~/.cache/sbedge; 0.7 GB).")
     parser.epilog = 'examples:\n  sbedge demo\n  sbedge demo -p "Why is the sky blue?" --temperature 0'
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="print one reply to TEXT and leave; - reads it")
     parser.add_argument("--engine", choices=list(FORMAT_OF), help="default: ggml if its libraries are there, else onnx")
     parser.add_argument("--quant", metavar="NAME", help="number format of the weights (default: 8 bit)")
+    parser.add_argument("--all-window", action="store_true",
+                        help="the original instead of the hybrid: sliding-window layers only")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="keep checkpoint and export there")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each physical core")
     add_chat_options(parser)
@@ -39,12 +41,13 @@ def run(args: argparse.Namespace) -> None:
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty; give at least one character")
-    model = prepare(args.dir or cache_folder(), args.engine or default_engine(), args.quant)
+    model = prepare(args.dir or cache_folder(), args.engine or default_engine(), args.quant, all_window=args.all_window)
     session = load(model, threads=args.threads)
     session.sampling = sampling
     terminal = Terminal.found(not args.no_color)
     if prompt is None:
-        terminal.note("SmolLM2-135M, a small stand-in for SpikingBrain: fluent English, loose facts")
+        what = "without GLA layers" if args.all_window else "converted to a SpikingBrain hybrid"
+        terminal.note(f"SmolLM2-135M {what}: fluent English, loose facts")
         start(session, model, args)
     else:
         chat = make_chat(session, args)
@@ -58,19 +61,21 @@ def default_engine() -> str:
     return "onnx"
 
 
-def prepare(folder: Path, engine: str, quant: str | None) -> Path:
+def prepare(folder: Path, engine: str, quant: str | None, *, all_window: bool = False) -> Path:
     """The exported demo model in `folder`; what exists is taken, what is missing is made, whole or not at all."""
     format = FORMAT_OF[engine]
     quant = quant or DEFAULT_QUANT[format]
     check_quant(format, quant)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"{NAME}-checkpoint"
-    model = folder / (f"{NAME}-{quant}.gguf" if format == "gguf" else f"{NAME}-onnx-{quant}")
+    name = ALL_WINDOW_NAME if all_window else NAME
+    checkpoint = folder / f"{name}-checkpoint"
+    model = folder / (f"{name}-{quant}.gguf" if format == "gguf" else f"{name}-onnx-{quant}")
     if model.exists():
         return model
     with progress_bar() as bar:
         if not checkpoint.exists():
-            write_demo_checkpoint(fetch_weights(bar), checkpoint, progress=bar)
+            write = write_demo_checkpoint if all_window else write_hybrid_checkpoint
+            write(fetch_weights(bar), checkpoint, progress=bar)
         export_model(checkpoint, model, format=format, quant=quant,
                      progress=lambda done, total, name: bar(f"exporting {name}", done, total))
     return model

@@ -1,12 +1,15 @@
 """Output files that appear whole or not at all."""
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sbedge.errors import ExportError
 
@@ -70,3 +73,16 @@ def _umask() -> int:
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """Header of a safetensors file whose data are the tensors (name, "F32" | "BF16", shape) in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * {"F32": 4, "BF16": 2}[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the data aligned for memory mapping
+    return len(text).to_bytes(8, "little") + text

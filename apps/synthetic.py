@@ -17,8 +17,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from sbedge.apps.demo_model import safetensors_header
-from sbedge.apps.files import new_folder
+from sbedge.apps.files import new_folder, safetensors_header
 from sbedge.checkpoint import expected_tensors
 from sbedge.config import WEIGHT_GROUP, ModelConfig
 from sbedge.errors import InputError

@@ -24,12 +24,17 @@ def tiny_demo(model: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append("fetch")
         return Path("weights")
 
-    def write(weights: Path, out: Path, *, progress: object) -> None:
+    def write(weights: Path, out: Path, *, progress: object = None) -> None:
         done.append("write")
         copy_checkpoint(Path(model), out)
 
     monkeypatch.setattr(demo, "fetch_weights", fetch)
-    monkeypatch.setattr(demo, "write_demo_checkpoint", write)
+    def write_all_window(*args: object, **options: object) -> None:
+        done.append("all-window")
+        write(*args, **options)
+
+    monkeypatch.setattr(demo, "write_hybrid_checkpoint", write)
+    monkeypatch.setattr(demo, "write_demo_checkpoint", write_all_window)
     return done
 
 
@@ -44,7 +49,7 @@ def test_the_demo_prepares_once_and_then_starts_at_once(
         replies.append(capsys.readouterr().out)
     assert tiny_demo == ["fetch", "write"] and replies[0] == replies[1]
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
-        "smollm2-135m-checkpoint", "smollm2-135m-q8_0.gguf"]
+        "smollm2-135m-hybrid-checkpoint", "smollm2-135m-hybrid-q8_0.gguf"]
 
 
 def test_the_demo_runs_on_onnx_when_ggml_is_not_there(
@@ -53,10 +58,18 @@ def test_the_demo_runs_on_onnx_when_ggml_is_not_there(
     monkeypatch.setattr(demo, "ggml_available", lambda: False)
     assert cli.main(["demo", "--dir", str(tmp_path), "-p", "hello", "-n", "5"]) == 0
     assert "pip install 'sbedge[ggml]'" in capsys.readouterr().err
-    assert (tmp_path / "smollm2-135m-onnx-int8/model.onnx").is_file()
+    assert (tmp_path / "smollm2-135m-hybrid-onnx-int8/model.onnx").is_file()
 
 
-@pytest.mark.parametrize("where", ["fetch_weights", "write_demo_checkpoint", "export_model"])
+def test_the_original_stays_available_beside_the_hybrid(tiny_demo: list[str], tmp_path: Path) -> None:
+    for options in ([], ["--all-window"]):
+        assert cli.main(["demo", "--dir", str(tmp_path), "--engine", "onnx", "-p", "hi", "-n", "2", *options]) == 0
+    assert tiny_demo == ["fetch", "write", "fetch", "all-window", "write"]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"smollm2-135m{kind}-{what}" for kind in ("", "-hybrid") for what in ("checkpoint", "onnx-int8")}
+
+
+@pytest.mark.parametrize("where", ["fetch_weights", "write_hybrid_checkpoint", "export_model"])
 def test_an_interrupted_preparation_leaves_nothing_half_made(
         where: str, tiny_demo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = getattr(demo, where)
@@ -71,7 +84,7 @@ def test_an_interrupted_preparation_leaves_nothing_half_made(
     monkeypatch.setattr(demo, where, interrupt)
     assert cli.main(["demo", "--dir", str(tmp_path), "--engine", "onnx", "-p", "hi"]) == 130
     left = [p.name for p in tmp_path.iterdir()]
-    assert left == (["smollm2-135m-checkpoint"] if where == "export_model" else [])
+    assert left == (["smollm2-135m-hybrid-checkpoint"] if where == "export_model" else [])
     monkeypatch.setattr(demo, where, original)
     assert cli.main(["demo", "--dir", str(tmp_path), "--engine", "onnx", "-p", "hi", "-n", "2"]) == 0
 

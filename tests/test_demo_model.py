@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbedge.apps import demo_model
-from sbedge.apps.demo_model import PinnedFile, extract_weights, unpermute_rope, write_demo_checkpoint
+from sbedge.apps.convert.source_gguf import unpermute_rope
+from sbedge.apps.demo_model import PinnedFile, extract_weights, write_demo_checkpoint
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import CheckpointError, ExportError, ModelFileError, SbedgeError
 from sbedge.runtime.tokenizer import Tokenizer

@@ -1,0 +1,69 @@
+"""`sbedge convert`: make a hybrid with GLA layers of a Llama or Qwen2."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sbedge.apps.options import read_text
+from sbedge.apps.progress import steps_bar
+from sbedge.errors import EngineUnavailable, ExportError, InputError
+from sbedge.runtime.engine import default_threads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Convert a transformer to a SpikingBrain hybrid: N of its layers become gated linear attention, trained to do\n"
+        "what the source's attention did; the others become sliding-window attention. The source writes its own\n"
+        "training text. Needs torch (pip install 'sbedge[convert]') and hours rather than minutes; an interrupted\n"
+        "conversion goes on with --resume. docs/convert.md tells how it works.")
+    parser.epilog = ("example:\n  sbedge convert SmolLM2-135M-Instruct -o hybrid --gla-layers 8 --text prose.txt\n"
+                     "  sbedge chat hybrid.gguf       # after: sbedge export hybrid -o hybrid.gguf")
+    parser.add_argument("source", type=Path, metavar="SOURCE",
+                        help="Llama or Qwen2: a GGUF file, or a folder with config.json, safetensors and tokenizer")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="CHECKPOINT", help="folder to write")
+    parser.add_argument("--gla-layers", type=int, required=True, metavar="N", help="how many layers to convert")
+    parser.add_argument("--window", type=int, metavar="W", help="tokens that the other layers see (default 2048)")
+    parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
+                        help="UTF-8 text to train on, too; may be repeated")
+    parser.add_argument("--tokens", type=int, default=1_000_000, metavar="N",
+                        help="tokens to train on, repetitions counted (default 1000000)")
+    parser.add_argument("--own-tokens", type=int, metavar="N",
+                        help="tokens of text that the source writes itself (default: a third of --tokens)")
+    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a training row (default 512)")
+    parser.add_argument("--rank", type=int, default=8, metavar="R",
+                        help="rank of the corrections to the other weights; 0 trains the GLA layers alone (default 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same checkpoint")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
+    parser.add_argument("--delta", type=Path, metavar="FILE", help="also write what was learned as a small file, 8 bit")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted conversion, same options")
+
+
+def run(args: argparse.Namespace) -> None:
+    own = args.tokens // 3 if args.own_tokens is None else args.own_tokens
+    for option, value, least in (("--gla-layers", args.gla_layers, 1), ("--window", args.window, 1),
+                                 ("--tokens", args.tokens, 1), ("--own-tokens", own, 0), ("--length", args.length, 64),
+                                 ("--rank", args.rank, 0), ("--seed", args.seed, 0), ("--threads", args.threads, 1)):
+        if value is not None and not least <= value <= 1 << 40:
+            raise InputError(f"{option} is {value}, expected a whole number from {least}")
+    if args.length % 64:
+        raise InputError(f"--length is {args.length}, expected a multiple of 64")
+    if args.output.exists():
+        raise ExportError(f"{args.output}: exists already; choose another name or remove it first")
+    texts = [read_text(file) for file in args.text]
+    if not torch_installed():
+        raise EngineUnavailable("conversion trains with torch, which is not installed; pip install 'sbedge[convert]'")
+    import torch
+
+    from .pipeline import Settings, convert
+    torch.set_num_threads(args.threads or default_threads())
+    settings = Settings(args.gla_layers, args.window, args.tokens, own, args.seed, args.rank, args.length)
+    with steps_bar() as report:
+        convert(args.source, args.output, settings, texts, resume=args.resume, delta_file=args.delta, report=report)
+
+
+def torch_installed() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,179 @@
+"""What conversion does, stage by stage: initialise, transfer, rank, ask the source, tune.
+
+`rows` are token ids [N, T] int64. Every stage takes a `Hybrid` and changes its layers' `gla` in place.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+
+from .fitting import Plan, Report, fit
+from .loss import distance, likeliest
+from .torch_model import GlaMixer, Hybrid, Weight
+
+GATE_BIAS = (-6.0, 4.0)     # from channels that forget in 3 tokens to such that remember 900
+RIDGE = 1e-3                # of the mean feature energy
+KNOWN = 64                  # likeliest tokens kept of the source's prediction
+
+# ---- initialise -----------------------------------------------------------------------------------------
+
+def new_gla(model: Hybrid, i: int, weight: Weight, seed: int) -> GlaMixer:
+    """A GLA layer with the source's q, k, v and o; fast rotary channels become fast forgetting ones."""
+    c, attn = model.config, f"model.layers.{i}.attn."
+    mixer, random = GlaMixer(c), torch.Generator().manual_seed(seed * 1000 + i)
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear = getattr(mixer, name)
+            linear.weight.copy_(torch.from_numpy(weight(f"{attn}{name}.weight")))
+            if linear.bias is not None:
+                linear.bias.copy_(torch.from_numpy(weight(f"{attn}{name}.bias")))
+        spread = torch.linspace(*GATE_BIAS, c.head_dim // 2).repeat(2 * c.num_key_value_heads)
+        mixer.gk_proj[1].bias.copy_(spread)
+        mixer.gk_proj[0].weight.normal_(0, c.hidden_size ** -0.5, generator=random)
+        mixer.gk_proj[1].weight.normal_(0, 0.1, generator=random)
+    return mixer
+
+@torch.no_grad()
+def source_layers(model: Hybrid, ids: Tensor, last: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(layer, the mixer's input, the source's mixer output) of layers up to `last`, as the source computes them."""
+    turn, h = model.turn(ids.shape[1]), model.embed(ids)
+    for i, layer in enumerate(model.layers[:last + 1]):
+        x = layer.mixer_input(h)
+        out = layer.source_mixer(x, turn)
+        yield i, x, out
+        h = layer.ffn(h + out)
+
+@torch.no_grad()
+def solve_outputs(model: Hybrid, mixers: dict[int, GlaMixer], rows: np.ndarray, batch: int) -> None:
+    """Set every mixer's o_proj to the ridge solution for the source's mixer output."""
+    D = model.config.hidden_size
+    normal = {i: (torch.zeros(D, D), torch.zeros(D, D)) for i in mixers}
+    for start in range(0, len(rows), batch):
+        for i, x, target in source_layers(model, torch.from_numpy(rows[start:start + batch]), max(mixers)):
+            if i in mixers:
+                features, wanted = mixers[i].features(x).flatten(0, 1), target.float().flatten(0, 1)
+                normal[i][0].addmm_(features.T, features)
+                normal[i][1].addmm_(features.T, wanted)
+    for i, (gram, cross) in normal.items():
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(D)
+        mixers[i].o_proj.weight.copy_(torch.linalg.solve(gram + ridge, cross).T)
+
+# ---- transfer -------------------------------------------------------------------------------------------
+
+def transfer(model: Hybrid, mixers: dict[int, GlaMixer], rows: np.ndarray, plan: Plan, folder: Path,
+             report: Report | None = None) -> None:
+    """Train each mixer alone to give the source's mixer output for the source's input."""
+
+    def loss_of(chosen: np.ndarray) -> tuple[float, int]:
+        ids, total = torch.from_numpy(rows[chosen]), 0.0
+        for i, x, target in source_layers(model, ids, max(mixers)):
+            if i in mixers:
+                with torch.enable_grad():
+                    wanted = target.float()
+                    error = (mixers[i](x).float() - wanted).square().mean() / wanted.square().mean()
+                    error.backward()
+                total += error.item()
+        return total / len(mixers), ids.numel()
+
+    fit(named(mixers), loss_of, len(rows), plan, folder, report)
+
+def named(mixers: dict[int, GlaMixer]) -> dict[str, nn.Parameter]:
+    return {f"{i}.{name}": p for i, mixer in sorted(mixers.items()) for name, p in mixer.named_parameters()}
+
+# ---- rank -----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def rank(model: Hybrid, mixers: dict[int, GlaMixer], rows: np.ndarray, count: int, width: int = 2,
+         report: Report | None = None) -> list[int]:
+    """The `count` layers that cost least when replaced by their mixers, chosen one by one.
+
+    A layer's cost depends on which others are replaced: each round tries the `width * count` layers that looked best
+    alone. Cost: KL from the source's predictions over `rows`.
+    """
+    ids = torch.from_numpy(rows)
+    inputs = [model.embed(ids)]
+    for i in range(len(model.layers)):
+        inputs.append(model.hidden(inputs[-1], i, i + 1))
+    known = likeliest(model.final(inputs[-1]).flatten(0, 1), model.head, KNOWN)
+
+    def cost(layers: Sequence[int]) -> float:
+        for i in layers:
+            model.layers[i].gla = mixers[i]
+        out = model.hidden(inputs[min(layers)], min(layers))
+        for i in layers:
+            model.layers[i].gla = None
+        return float(distance(model.final(out).flatten(0, 1), model.head, *known))
+
+    alone = sorted(mixers, key=lambda i: cost([i]))
+    candidates, chosen = alone[:width * count], list[int]()
+    while len(chosen) < count:
+        best = min((i for i in candidates if i not in chosen), key=lambda i: cost([*chosen, i]))
+        chosen.append(best)
+        if report:
+            report("rank", len(chosen), count)
+    return chosen
+
+# ---- ask the source -------------------------------------------------------------------------------------
+
+@dataclass
+class Answers:
+    """What the source says of every row, on disk: its likeliest tokens, and its hidden state where tuning begins."""
+
+    ids: np.ndarray         # [N, T, K] uint16 or int32
+    logprobs: np.ndarray    # [N, T, K] float16
+    hidden: np.ndarray      # [N, T, D] int16, the bits of bfloat16
+
+    def batch(self, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        ids = torch.from_numpy(self.ids[chosen].astype(np.int64)).flatten(0, 1)
+        logprobs = torch.from_numpy(self.logprobs[chosen].astype(np.float32)).flatten(0, 1)
+        return ids, logprobs, torch.from_numpy(self.hidden[chosen]).view(torch.bfloat16).float()
+
+@torch.no_grad()
+def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch: int,
+               report: Report | None = None) -> Answers:
+    """Run the source over all rows once; what exists in `folder` is taken as it is."""
+    N, T = rows.shape
+    known = min(KNOWN, model.config.vocab_size - 1)
+    small = np.uint16 if model.config.vocab_size <= 1 << 16 else np.int32
+    wanted = {"ids": (small, known), "logprobs": (np.float16, known), "hidden": (np.int16, model.config.hidden_size)}
+    progress = folder / "answers-done.npy"
+    done = int(np.load(progress)) if progress.exists() else 0
+    arrays = {name: open_memmap(folder / f"answers-{name}.npy", mode="r+" if done else "w+", dtype=dtype,
+                                shape=(N, T, width)) for name, (dtype, width) in wanted.items()}
+    for start in range(done, N, batch):
+        place = slice(start, start + batch)
+        h = model.hidden(model.embed(torch.from_numpy(rows[place])), 0, first)
+        arrays["hidden"][place] = h.to(torch.bfloat16).view(torch.int16).numpy()
+        x = model.final(model.hidden(h, first)).flatten(0, 1)
+        ids, logprobs = likeliest(x, model.head, known)
+        arrays["ids"][place] = ids.reshape(-1, T, known).numpy()
+        arrays["logprobs"][place] = logprobs.reshape(-1, T, known).numpy()
+        if start // batch % 16 == 15 or start + batch >= N:
+            for array in arrays.values():
+                array.flush()
+            np.save(progress, min(start + batch, N))
+        if report:
+            report("ask the source", min(start + batch, N), N)
+    return Answers(**arrays)
+
+# ---- tune -----------------------------------------------------------------------------------------------
+
+def tune(model: Hybrid, answers: Answers, first: int, plan: Plan, folder: Path, report: Report | None = None) -> None:
+    """Train the whole hybrid, from layer `first` on, to predict what the source predicts."""
+
+    def loss_of(chosen: np.ndarray) -> tuple[float, int]:
+        ids, logprobs, h = answers.batch(chosen)
+        x = model.final(model.hidden(h, first)).flatten(0, 1)
+        loss = distance(x, model.head, ids, logprobs)
+        loss.backward()
+        return loss.item(), len(ids)
+
+    fit(dict(model.trained()), loss_of, len(answers.ids), plan, folder, report)
+
+Attention = Callable[[int], GlaMixer]

@@ -1,0 +1,222 @@
+"""pytest tests/test_convert.py: a transformer becomes a hybrid whose GLA layers compute what reference.py says."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_tiny_checkpoint
+from tiny_llama import write_tiny_llama
+
+from sbedge.apps import cli
+from sbedge.apps.convert.delta import load_delta
+from sbedge.checkpoint import Checkpoint
+from sbedge.config import ModelConfig
+from sbedge.export import export_model
+from sbedge.quant.ggml_library import ggml_available
+from sbedge.reference import Reference
+from sbedge.runtime.load import load, open_engine
+
+torch = pytest.importorskip("torch", reason="conversion trains with torch: pip install 'sbedge[convert]'")
+
+from sbedge.apps.convert import fitting, loss, pipeline  # noqa: E402
+from sbedge.apps.convert.torch_model import LEAST_DECAY, Hybrid, gla, window_attention  # noqa: E402
+
+# ---- the model in torch -------------------------------------------------------------------------------
+
+def stepwise(q, k, v, log_decay):
+    B, G, T, _, d = q.shape
+    state, out = torch.zeros(B, G, d, d), []
+    for t in range(T):
+        state = log_decay[:, :, t, :, None].exp() * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append(q[:, :, t] @ state)
+    return torch.stack(out, 2)
+
+
+@pytest.mark.parametrize("group", [1, 4, 7, 8])
+@pytest.mark.parametrize("strongest", [0.01, 1.0, -LEAST_DECAY])
+def test_chunked_gla_is_stepwise_gla(group: int, strongest: float) -> None:
+    torch.manual_seed(group)
+    B, G, T, d = 2, 3, 192, 8
+    q, (k, v) = torch.rand(B, G, T, group, d), torch.randn(2, B, G, T, d).abs()
+    log_decay = -torch.rand(B, G, T, d) * strongest
+    torch.testing.assert_close(gla(q, k, v, log_decay), stepwise(q, k, v, log_decay), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_chunked_gla_are_those_of_stepwise_gla() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.rand(1, 2, 128, 3, 4), *torch.rand(2, 1, 2, 128, 4), -torch.rand(1, 2, 128, 4)]
+    weights, gradients = torch.randn(1, 2, 128, 3, 4), []
+    for form in (gla, stepwise):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        (form(*leaves) * weights).sum().backward()
+        gradients.append([x.grad for x in leaves])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("T", "W"), [(1, 4), (130, 5), (300, 128), (257, 1000)])
+def test_window_attention_sees_exactly_the_window(T: int, W: int) -> None:
+    torch.manual_seed(T)
+    q, k, v = torch.randn(3, 6, T, 8)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    scores = (q @ k.transpose(1, 2) / 8 ** 0.5).masked_fill((distance < 0) | (distance >= W), -torch.inf)
+    torch.testing.assert_close(window_attention(q, k, v, W), scores.softmax(-1) @ v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (7, 1), (3, 3), (8, 1)])
+@pytest.mark.parametrize("T", [1, 63, 65, 130])
+def test_the_torch_model_is_the_reference(tmp_path: Path, heads: tuple[int, int], T: int) -> None:
+    folder = write_tiny_checkpoint(tmp_path, hidden_size=8 * heads[0], num_attention_heads=heads[0],
+                                   num_key_value_heads=heads[1], attn_layers=[1, 2])
+    reference, model = Reference(folder), Hybrid.of(Checkpoint(folder), dtype=torch.float32)
+    ids = np.random.default_rng(T).integers(0, 128, T)
+    wanted = reference.forward(ids, reference.new_state(), logits="all")
+    with torch.no_grad():
+        found = model.logits(torch.from_numpy(ids)[None])[0].numpy()
+    assert wanted is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+# ---- the loss -----------------------------------------------------------------------------------------
+
+def test_distance_and_its_gradient_are_those_of_kl_over_known_tokens_and_the_rest() -> None:
+    torch.manual_seed(0)
+    x, head, teacher = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8), torch.randn(5, 8)
+    ids, logprobs = loss.likeliest(teacher, head, 4)
+
+    def plain(x):
+        own, known = (x @ head.T).log_softmax(-1), logprobs.exp()
+        chosen = own.gather(1, ids)
+        rest, own_rest = 1 - known.sum(-1), 1 - chosen.exp().sum(-1)
+        return ((known * (logprobs - chosen)).sum(-1) + rest * (rest / own_rest).log()).mean()
+
+    wanted, found = plain(x), loss.distance(x, head, ids, logprobs)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(value, x)[0] for value in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    assert float(loss.distance(teacher, head, ids, logprobs)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 640, 7), (2, 64 * 64, 64), (4, 100, 10), (1, 128, 3)])
+def test_the_likeliest_tokens_are_found_in_order(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    rows, vocabulary, count = shape
+    z = torch.randn(rows, vocabulary)
+    torch.testing.assert_close(loss.top_ids(z, count), z.topk(count).indices)
+
+
+# ---- the whole conversion -----------------------------------------------------------------------------
+
+OPTIONS = ["--gla-layers", "2", "--tokens", "4096", "--own-tokens", "600", "--length", "64", "--rank", "2",
+           "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted")
+    assert cli.main(["convert", str(source), "-o", str(folder / "out"), *OPTIONS,
+                     "--delta", str(folder / "delta.safetensors")]) == 0
+    return folder
+
+
+def test_conversion_ends_in_a_checkpoint_with_as_many_gla_layers_as_asked(converted: Path) -> None:
+    config = Checkpoint(converted / "out").config
+    assert len(config.attn_layers) == 1 and config.sliding_window == 2048
+    assert sorted(p.name for p in converted.iterdir()) == ["delta.safetensors", "out"]
+    log = (converted / "out/conversion.csv").read_text().splitlines()
+    assert log[0] == "stage,step,tokens,rate,loss,seconds" and log[-1].startswith("tune,")
+
+
+def test_conversion_learns(converted: Path) -> None:
+    rows = [line.split(",") for line in (converted / "out/conversion.csv").read_text().splitlines()]
+    losses = [float(row[4]) for row in rows if row[0] == "tune"]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
+def test_engines_run_what_conversion_made(converted: Path) -> None:
+    reference = Reference(converted / "out")
+    ids = list(range(3, 80))
+    wanted = reference.forward(ids, reference.new_state(), logits="all")
+    kinds = [("onnx", "m-onnx")] + ([("gguf", "m.gguf")] if ggml_available() else [])
+    for format, name in kinds:
+        export_model(converted / "out", converted.parent / f"{converted.name}-{name}", format=format, quant="f32")
+        engine = open_engine(converted.parent / f"{converted.name}-{name}")
+        found = engine.forward(ids, engine.new_state(), logits="all")
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_converted_model_chats(converted: Path) -> None:
+    assert "".join(piece.text for piece in load(converted / "out").chat("hello", max_tokens=4)) is not None
+
+
+def test_the_same_seed_gives_the_same_checkpoint(source: Path, converted: Path, tmp_path: Path) -> None:
+    assert cli.main(["convert", str(source), "-o", str(tmp_path / "out"), *OPTIONS]) == 0
+    assert ((tmp_path / "out/model.safetensors").read_bytes() == (converted / "out/model.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("stage", ["write text", "trial", "transfer", "ask the source", "tune"])
+def test_a_resumed_conversion_gives_what_an_uninterrupted_one_gives(
+        source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0.0)
+    real = pipeline.convert
+
+    def interrupted(*args, report=None, **options):
+        def report(what: str, done: int, total: int) -> None:
+            if what == stage and 2 * done >= total:
+                raise KeyboardInterrupt
+        return real(*args, report=report, **options)
+
+    command = ["convert", str(source), "-o", str(tmp_path / "out"), *OPTIONS]
+    monkeypatch.setattr(pipeline, "convert", interrupted)
+    assert cli.main(command) == 130 and not (tmp_path / "out").exists()
+    assert cli.main(command) == 2       # it is there, and was not asked to go on
+    monkeypatch.setattr(pipeline, "convert", real)
+    assert cli.main([*command, "--resume"]) == 0
+    assert ((tmp_path / "out/model.safetensors").read_bytes() == (converted / "out/model.safetensors").read_bytes())
+
+
+def test_the_delta_is_the_checkpoint_within_8_bit(source: Path, converted: Path) -> None:
+    delta, whole = load_delta(converted / "delta.safetensors"), Checkpoint(converted / "out")
+    assert delta.attn_layers == whole.config.attn_layers
+    for name, values in delta.tensors.items():
+        if name in whole.shapes:
+            np.testing.assert_allclose(values, whole.tensor(name), atol=np.abs(whole.tensor(name)).max() / 127)
+
+
+# ---- what cannot be done ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("options", "line"), [
+    (["--gla-layers", "4"], "--gla-layers is 4, but"),
+    (["--gla-layers", "1", "--length", "100"], "--length is 100, expected a multiple of 64"),
+    (["--gla-layers", "1", "--own-tokens", "0", "--length", "64"], "give more --text or --own-tokens"),
+])
+def test_settings_that_do_not_fit_end_in_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                  options: list[str], line: str) -> None:
+    assert cli.main(["convert", str(source), "-o", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
+def test_resuming_with_other_options_or_nothing_is_refused(
+        source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", str(source), "-o", str(tmp_path / "out"), *OPTIONS]
+    assert cli.main([*command, "--resume"]) == 2
+    assert "no conversion to resume" in capsys.readouterr().err
+    monkeypatch.setattr(pipeline, "_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(command) == 130
+    assert cli.main([*command, "--resume", "--seed", "5"]) == 2
+    assert "was begun with seed 0, found 5" in capsys.readouterr().err
+
+
+def test_window_and_seed_reach_the_checkpoint(source: Path, tmp_path: Path) -> None:
+    command = ["convert", str(source), "-o", str(tmp_path / "out"), "--gla-layers", "1", "--tokens", "512",
+               "--own-tokens", "200", "--length", "64", "--window", "48", "--rank", "0"]
+    assert cli.main(command) == 0
+    config = Checkpoint(tmp_path / "out").config
+    assert isinstance(config, ModelConfig) and config.sliding_window == 48

@@ -1,0 +1,68 @@
+"""pytest tests/test_demo_hybrid.py: what the package ships of the demo's hybrid is whole, small, and rebuilds it."""
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sbedge.apps.convert.delta import PARTS, load_delta
+from sbedge.apps.demo_model import HYBRID_DELTA, find_weights, write_hybrid_checkpoint
+from sbedge.checkpoint import Checkpoint
+from sbedge.export import export_model
+from sbedge.quant.ggml_library import ggml_available
+from sbedge.runtime.load import load
+
+SHA256 = "766d0c451c34907ca8a0a3a6deb2c8c659a9427e913364cae3e21e3b02ee0d64"
+LAYERS, GLA_LAYERS, HIDDEN, KV, FFN, RANK = 30, 8, 576, 192, 1536, 8
+ROWS = {"attn.qkv": HIDDEN + 2 * KV, "attn.o": HIDDEN, "mlp.gate_up": 2 * FFN, "mlp.down": HIDDEN}
+MIXER = {"q_proj.weight": (HIDDEN, HIDDEN), "k_proj.weight": (KV, HIDDEN), "v_proj.weight": (KV, HIDDEN),
+         "o_proj.weight": (HIDDEN, HIDDEN), "q_proj.bias": (HIDDEN,), "k_proj.bias": (KV,), "v_proj.bias": (KV,),
+         "gk_proj.0.weight": (16, HIDDEN), "gk_proj.1.weight": (KV, 16), "gk_proj.1.bias": (KV,),
+         "g_norm.weight": (64,)}
+
+
+def test_the_delta_is_small_and_the_one_that_was_measured() -> None:
+    data = HYBRID_DELTA.read_bytes()
+    assert len(data) <= 12_000_000
+    assert hashlib.sha256(data).hexdigest() == SHA256
+
+
+def test_the_delta_holds_what_a_hybrid_of_the_demo_model_needs() -> None:
+    delta = load_delta(HYBRID_DELTA)
+    gla = sorted(set(range(LAYERS)) - set(delta.attn_layers))
+    assert len(gla) == GLA_LAYERS
+    wanted = {f"model.layers.{i}.attn.{name}": shape for i in gla for name, shape in MIXER.items()}
+    for i in range(min(gla), LAYERS):
+        for part in PARTS:
+            if i not in gla or part.startswith("mlp"):
+                wanted[f"model.layers.{i}.{part}.A"] = (RANK, FFN if part == "mlp.down" else HIDDEN)
+                wanted[f"model.layers.{i}.{part}.B"] = (RANK, ROWS[part])
+    assert {name: values.shape for name, values in delta.tensors.items()} == wanted
+    assert all(np.isfinite(values).all() for values in delta.tensors.values())
+
+
+def test_model_card_and_training_log_come_along() -> None:
+    card = (HYBRID_DELTA.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert all(word in card for word in ("Licence", "Perplexity", "What is lost")) and "@" not in card
+    with (HYBRID_DELTA.parent / "training-log.csv").open(newline="", encoding="utf-8") as file:
+        stages = [row["stage"] for row in csv.DictReader(file)]
+    assert list(dict.fromkeys(stages)) == ["trial", "transfer", "tune"]
+
+
+@pytest.mark.skipif(find_weights() is None, reason="the SmolLM2 weights are not here; `sbedge demo` fetches them")
+def test_the_hybrid_is_rebuilt_and_knows_the_capital_of_france(tmp_path: Path) -> None:
+    weights = find_weights()
+    assert weights is not None
+    write_hybrid_checkpoint(weights, tmp_path / "hybrid")
+    assert [p.name for p in tmp_path.iterdir()] == ["hybrid"]
+    config = Checkpoint(tmp_path / "hybrid").config
+    assert config.num_hidden_layers - len(config.attn_layers) == GLA_LAYERS
+    if not ggml_available():
+        pytest.skip("the ggml libraries are not installed, and the others are slow")
+    export_model(tmp_path / "hybrid", tmp_path / "hybrid.gguf", quant="q8_0")
+    session = load(tmp_path / "hybrid.gguf")
+    reply = "".join(piece.text for piece in session.generate("The capital of France is", max_tokens=8))
+    assert "Paris" in reply
