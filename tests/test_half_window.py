@@ -1,13 +1,18 @@
 """pytest tests/test_half_window.py: windows kept in float16 take half the memory and leave the model what it is."""
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from compare import assert_close, kl_divergence, run
 from tiny import write_tiny_checkpoint
 
+import sbedge
 from sbedge.apps.state_view import StateView
 from sbedge.errors import InputError
 from sbedge.export import export_model
@@ -118,3 +123,12 @@ def test_what_cannot_keep_float16_says_so(model, tmp_path):
         open_engine(tmp_path / "w8.gguf", window="f16")
     with pytest.raises(InputError, match="window is 'f8', expected one of f32, f16"):
         open_engine(model / "m.gguf", window="f8")
+
+
+def test_without_the_kernels_it_says_so_in_one_line(model, tmp_path):
+    command = [sys.executable, "-m", "sbedge", "logits", model / "m.gguf", "--ids", "1,2", "--window", "f16", "-o",
+               tmp_path / "x.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          env={**os.environ, "SBEDGE_NATIVE": "0"}, cwd=Path(sbedge.__file__).parents[1])
+    assert done.returncode == 2 and "float16 windows need the native kernels" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "x.npy").exists()
