@@ -15,7 +15,7 @@ from sbedge.export import export_model
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.load import load
 
-SHA256 = "766d0c451c34907ca8a0a3a6deb2c8c659a9427e913364cae3e21e3b02ee0d64"
+SHA256 = "8fb71b986f9d92ee2ca8cf11cc34e9d7e353dd0ab52b74987c7ab006adddee76"
 LAYERS, GLA_LAYERS, HIDDEN, KV, FFN, RANK = 30, 8, 576, 192, 1536, 8
 ROWS = {"attn.qkv": HIDDEN + 2 * KV, "attn.o": HIDDEN, "mlp.gate_up": 2 * FFN, "mlp.down": HIDDEN}
 MIXER = {"q_proj.weight": (HIDDEN, HIDDEN), "k_proj.weight": (KV, HIDDEN), "v_proj.weight": (KV, HIDDEN),
