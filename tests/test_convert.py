@@ -196,11 +196,19 @@ def test_the_delta_is_the_checkpoint_within_8_bit(source: Path, converted: Path)
     (["--gla-layers", "1", "--length", "100"], "--length is 100, expected a multiple of 64"),
     (["--gla-layers", "1", "--own-tokens", "0", "--length", "64"], "give more --text or --own-tokens"),
 ])
-def test_settings_that_do_not_fit_end_in_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                  options: list[str], line: str) -> None:
+def test_settings_that_do_not_fit_end_in_one_line_and_leave_nothing(
+        source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str) -> None:
     assert cli.main(["convert", str(source), "-o", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert cli.main(["convert", str(tmp_path / "none"), "-o", str(tmp_path / "out"), *OPTIONS]) == 2
+        assert "no such file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_resuming_with_other_options_or_nothing_is_refused(

@@ -12,7 +12,7 @@ import torch
 
 from sbedge.apps.files import new_file
 from sbedge.checkpoint import Checkpoint
-from sbedge.errors import InputError
+from sbedge.errors import InputError, SbedgeError
 from sbedge.export import export_model
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.engine import Engine
@@ -56,15 +56,15 @@ def convert(source: Path, out: Path, settings: Settings, texts: Sequence[str] = 
     interrupted and resumed. Raises InputError for settings that do not fit the source, and what reading it raises.
     """
     work = out.with_name(f"{out.name}.work")
+    begun = work.exists()
     _begin(work, source, settings, texts, resume)
-    if not (work / "source").exists():
-        write_window_checkpoint(source, work / "source", window=settings.window, progress=report)
-    checkpoint = Checkpoint(work / "source")
-    count = checkpoint.config.num_hidden_layers
-    if settings.gla_layers > count:
-        shutil.rmtree(work)
-        raise InputError(f"--gla-layers is {settings.gla_layers}, but {source} has {count} layers in all")
-    rows = _text(work, checkpoint, settings, texts, report)
+    try:
+        checkpoint = _source(work, source, settings, report)
+        rows = _text(work, checkpoint, settings, texts, report)
+    except SbedgeError:
+        if not begun:       # nothing is in there that one would go on with
+            shutil.rmtree(work)
+        raise
     chosen, mixers = _chosen(work, checkpoint, settings, rows, report)
     model = _tuned(work, checkpoint, settings, rows, chosen, mixers, report)
     delta = delta_of(model, checkpoint, chosen)
@@ -93,6 +93,17 @@ def _begin(work: Path, source: Path, settings: Settings, texts: Sequence[str], r
 
 
 # ---- the stages ------------------------------------------------------------------------------------------
+
+def _source(work: Path, source: Path, settings: Settings, report: Report | None) -> Checkpoint:
+    """The source with sliding-window layers only."""
+    if not (work / "source").exists():
+        write_window_checkpoint(source, work / "source", window=settings.window, progress=report)
+    checkpoint = Checkpoint(work / "source")
+    count = checkpoint.config.num_hidden_layers
+    if settings.gla_layers > count:
+        raise InputError(f"--gla-layers is {settings.gla_layers}, but {source} has {count} layers in all")
+    return checkpoint
+
 
 def _text(work: Path, checkpoint: Checkpoint, settings: Settings, texts: Sequence[str],
           report: Report | None) -> np.ndarray:
