@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sbedge.apps.files import size_of
+from sbedge.apps.measure import skipped_share
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import EngineUnavailable
 from sbedge.export import export_model
@@ -59,14 +60,10 @@ def decoded(engine: Engine, ids: np.ndarray) -> dict[str, float | None]:
     """Tokens a second, one at a time, and the share of weight bytes that silence spared; None where none is counted."""
     state = engine.new_state()
     engine.forward(ids[:1], state)
-    traffic = getattr(engine, "traffic", None)
-    before = (traffic.fetched, traffic.dense) if traffic else (0, 0)
+    tokens = ids[1:1 + DECODED]
     start = time.perf_counter()
-    for token in ids[1:1 + DECODED]:
-        engine.forward([int(token)], state)
-    speed = min(DECODED, len(ids) - 1) / (time.perf_counter() - start)
-    stored = traffic.dense - before[1] if traffic else 0
-    return {"tok_s": speed, "skipped": 1 - (traffic.fetched - before[0]) / stored if traffic and stored else None}
+    skipped = skipped_share(engine, lambda: [engine.forward([int(token)], state) for token in tokens])
+    return {"tok_s": len(tokens) / (time.perf_counter() - start), "skipped": skipped}
 
 
 def perplexity(logits: np.ndarray, ids: np.ndarray) -> float:

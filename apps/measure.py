@@ -29,6 +29,15 @@ def random_ids(count: int, vocab_size: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(min(3, vocab_size - 1), min(vocab_size, 30_000), count).tolist()
 
 
+def skipped_share(engine: object, work: Callable[[], object]) -> float | None:
+    """Share of weight bytes that silent channels spared `engine` during `work`; None where none is counted."""
+    traffic = getattr(engine, "traffic", None)
+    before = (traffic.fetched, traffic.dense) if traffic else (0, 0)
+    work()
+    stored = traffic.dense - before[1] if traffic else 0
+    return 1 - (traffic.fetched - before[0]) / stored if traffic and stored else None
+
+
 def resident_bytes() -> int:
     """Bytes of memory this process holds now (Linux)."""
     with open("/proc/self/statm") as file:

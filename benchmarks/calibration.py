@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
 
+from sbedge.apps.measure import skipped_share
 from sbedge.export.perplexity import nats
 from sbedge.runtime.load import open_engine, open_tokenizer
 
@@ -34,13 +35,8 @@ def losses(logits_of: Callable[[np.ndarray], np.ndarray], pieces: np.ndarray) ->
 
 def skipped(engine, ids: np.ndarray) -> float | None:
     """Share of weight bytes that decoding `ids` did not read; None where that is not counted."""
-    if getattr(engine, "traffic", None) is None:
-        return None
-    before, state = (engine.traffic.fetched, engine.traffic.dense), engine.new_state()
-    for token in ids:
-        engine.forward([int(token)], state)
-    stored = engine.traffic.dense - before[1]
-    return 1 - (engine.traffic.fetched - before[0]) / stored if stored else None
+    state = engine.new_state()
+    return skipped_share(engine, lambda: [engine.forward([int(token)], state) for token in ids])
 
 
 def llama_losses(weights: Path, folder: Path, pieces: np.ndarray) -> tuple[np.ndarray, int]:

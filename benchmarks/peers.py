@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 
 from peer_cache import repeated
 
+from sbedge.apps.files import size_of
 from sbedge.apps.measure import random_ids, read_bandwidth, timed
 
 BATCH = 2048      # tokens of a prompt that one call takes
@@ -118,11 +119,6 @@ class LlamaCpp:
         array = (self.lib.llama_token * len(ids))(*ids)
         if status := self.lib.llama_decode(self.model.ctx, self.lib.llama_batch_get_one(array, len(ids))):
             raise SystemExit(f"llama.cpp could not read {len(ids)} tokens (status {status})")
-
-
-def size_of(path: Path) -> int:
-    files = [path] if path.is_file() else list(path.iterdir())
-    return sum(f.stat().st_size for f in files)
 
 
 def in_turns(contestants: list[Contestant], rounds: int, rate: Callable[[Contestant], float]) -> dict[str, list[float]]:

@@ -33,6 +33,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
 
 from sbedge.apps.measure import random_ids, resident_bytes, timed
+from sbedge.reference import rotate
 
 KINDS = ("read", "decode")
 TURNS = 20
@@ -131,9 +132,8 @@ def turned_back(config: Any, state: Any, positions: np.ndarray) -> np.ndarray:
     """Keys [n, G, d] of the first window layer as they were before their rotation."""
     ring, half = state.arrays[f"{min(config.attn_layers)}.keys"], config.head_dim // 2
     x = ring[positions % len(ring)].astype(np.float64)
-    angles = positions[:, None, None] * config.rope_theta ** (-np.arange(half) / half)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([x[..., :half] * cos + x[..., half:] * sin, x[..., half:] * cos - x[..., :half] * sin], -1)
+    angles = positions[:, None] * config.rope_theta ** (-np.arange(half) / half)
+    return rotate(x, np.cos(angles), -np.sin(angles))
 
 
 # --- llama.cpp ---------------------------------------------------------------------------------------

@@ -198,10 +198,9 @@ def with_dead_zones(layers: Layers, config: ModelConfig, calibration: Calibratio
     for i in range(config.num_hidden_layers):
         weights = layers[i]
         model = Samples(layers.config, weights)
-        later = []
         halves = {"attention in": "attention out", "FFN in": "FFN down"}
         for first, last in halves.items():
-            h = streams[0]
+            h, later = streams[0], []
             for kind in (first, last):
                 names = [f"model.layers.{i}.{path(p)}.weight" for p in INPUT_KINDS[kind] if p in EVENT_LINEARS]
                 norms = np.sqrt(sum(np.square(weights[name]).sum(axis=0) for name in names))
@@ -211,7 +210,6 @@ def with_dead_zones(layers: Layers, config: ModelConfig, calibration: Calibratio
                 quiet = Silenced(layers.config, weights, kind, float(found[-1].zones[level]))
                 later.append(quiet.half(i, last, h))
             streams = np.stack([model.half(i, last, h) for h in streams] + later)
-            later = []
         if progress:
             progress((i + 1) * layers.bytes, config.num_hidden_layers * layers.bytes, f"trying silence in layer {i}")
     model = Samples(layers.config, rest)

@@ -122,15 +122,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, path: Path) -> ModelConfig:
         """Read `path`; raises CheckpointError if it is missing, not JSON, or not a model we can run."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); "
-                                  "expected a checkpoint folder with a config.json") from None
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+        raw = read_json(path, "a checkpoint folder with a config.json")
         unpublished = {f.name for f in fields(cls)} - PUBLISHED_KEYS
         return cls.from_dict({k: v for k, v in raw.items() if k not in unpublished}, source=str(path))
 
@@ -138,6 +130,19 @@ class ModelConfig:
 INPUT_FIELDS = ("input_spike_k", "input_dead_zone")
 PUBLISHED_KEYS = {f.name for f in fields(ModelConfig)} - {"gate_rank", "spike_k", "int8_window", "spike_down",
                                                          "dead_zone", "half_window", *INPUT_FIELDS}
+
+
+def read_json(path: Path, expected: str) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError if it is none, or cannot be read where `expected` should be."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
 
 
 def _check_architecture(raw: Mapping[str, Any], source: str) -> None:

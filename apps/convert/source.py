@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from sbedge.apps.files import new_folder, safetensors_header
 from sbedge.checkpoint import Checkpoint, expected_tensors, to_float32
-from sbedge.config import ModelConfig
+from sbedge.config import ModelConfig, read_json
 from sbedge.errors import CheckpointError
 from sbedge.runtime.tokenizer import Tokenizer
 
@@ -26,6 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 SLIDING_WINDOW = 2048
 KINDS = ("llama", "qwen2")
+EXPECTED = "a folder with config.json and safetensors, or a .gguf file"
 WHOLE_MODEL = {"model.embeddings.weight": "model.embed_tokens.weight", "model.norm.weight": "model.norm.weight",
                "lm_head.weight": "lm_head.weight"}
 LAYER = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn": "self_attn", "mlp": "mlp"}
@@ -46,7 +47,7 @@ def open_source(path: Path, window: int | None = None) -> Source:
     Raises ModelFileError or CheckpointError for anything else, naming what was found and expected.
     """
     if path.is_dir():
-        raw = _read_json(path / "config.json")
+        raw = read_json(path / "config.json", EXPECTED)
         return (_spikingbrain if raw.get("model_type") == "gla_swa" else _hugging_face)(path, raw, window)
     from .source_gguf import open_gguf
     return open_gguf(path, window or SLIDING_WINDOW)
@@ -134,7 +135,9 @@ class _Folder:
 
     def __init__(self, path: Path, config: ModelConfig):
         index = path / "model.safetensors.index.json"
-        shards = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+        shards = {"model.safetensors"}
+        if index.is_file():
+            shards = set(read_json(index, EXPECTED).get("weight_map", {}).values())
         self.found: dict[str, Any] = {}
         for shard in sorted(shards):
             if not isinstance(shard, str) or Path(shard).name != shard or not (path / shard).is_file():
@@ -177,16 +180,3 @@ def hugging_face_name(name: str) -> str:
         return WHOLE_MODEL[name]
     _, _, layer, part, rest = name.split(".", 4)
     return f"model.layers.{layer}.{LAYER[part]}.{rest}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected a folder with config.json and "
-                              "safetensors, or a .gguf file") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

@@ -136,7 +136,7 @@ def _values(path: Path, name: str, config: ModelConfig, tensor: gguf.ReaderTenso
     """The float32 values of checkpoint tensor `name`, from the GGUF's `tensor`."""
     try:
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:      # what gguf raises for a type it does not know
         raise ModelFileError(f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which cannot "
                              "be dequantized; expected Q4_1, Q8_0 or F32") from error
     if permuted and ".q_proj." in name:
