@@ -1,9 +1,14 @@
-"""The prose that docs/calibration.md measures with: two disjoint halves of the Jargon File 4.4.7 (public domain).
+"""The prose that calibration and conversion are trained and measured with, as two disjoint halves of a text.
 
-    python benchmarks/prose.py jargon.txt.gz prose-1.txt prose-2.txt
+    python benchmarks/prose.py SOURCE prose-1.txt prose-2.txt
 
-jargon.txt.gz is that of the Debian package jargon-text 4.4.7-4.1 (the text within: SHA-256 40dfb4b9...). Paragraphs of
-running English are kept, one a line; the halves' SHA-256 begin with e4dfb199 and 266c7bb7.
+SOURCE is a text compressed by gzip, or a folder with HTML pages, out of a Debian package, such as
+
+    jargon-text 4.4.7-4.1         usr/share/doc/jargon-text/jargon.txt.gz
+    debian-handbook 11.20220922   usr/share/doc/debian-handbook/html/en-US
+
+Paragraphs of running English are kept, one a line; pages are read in the order of their names. The halves of the Jargon
+File have SHA-256 sums that begin with e4dfb199 and 266c7bb7.
 """
 from __future__ import annotations
 
@@ -11,10 +16,42 @@ import gzip
 import hashlib
 import re
 import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
 LEAST = 200             # characters of a paragraph
 LETTERS = 0.92          # and its share of letters and spaces
+
+
+class Paragraphs(HTMLParser):
+    """The text of a page's <p> and <div class="para"> elements."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: list[str] = []
+        self.inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "p" or (tag, dict(attrs).get("class")) == ("div", "para"):
+            self.inside = True
+            self.found.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("p", "div")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.found[-1] += data
+
+
+def paragraphs(source: Path) -> Iterator[str]:
+    if source.is_dir():
+        for page in sorted(source.rglob("*.html")):
+            yield from Paragraphs(page.read_text(encoding="utf-8", errors="replace")).found
+    else:
+        yield from re.split(r"\n\s*\n", gzip.decompress(source.read_bytes()).decode())
 
 
 def is_prose(paragraph: str) -> bool:
@@ -24,13 +61,12 @@ def is_prose(paragraph: str) -> bool:
 
 
 def main(source: str, first: str, second: str) -> None:
-    text = gzip.decompress(Path(source).read_bytes()).decode()
-    paragraphs = (re.sub(r"\s+", " ", part).strip() for part in re.split(r"\n\s*\n", text))
-    prose = "\n\n".join(dict.fromkeys(filter(is_prose, paragraphs)))
+    clean = (re.sub(r"\s+", " ", part).strip() for part in paragraphs(Path(source)))
+    prose = "\n\n".join(dict.fromkeys(filter(is_prose, clean)))
     cut = prose.index("\n\n", len(prose) // 2)
     for path, half in ((first, prose[:cut]), (second, prose[cut + 2:])):
         Path(path).write_text(half + "\n", encoding="utf-8")
-        print(path, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+        print(path, len(half), hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
 if __name__ == "__main__":
