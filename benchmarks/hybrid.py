@@ -2,9 +2,9 @@
 
     python benchmarks/hybrid.py source.gguf hybrid.gguf --text prose.txt --chats 16000
 
-Prose is read as documents of --document tokens, chats are written by the source (with topics and a seed of their own:
-those of the demo's training were others) and read one by one; the state begins anew each time. Differences are paired,
-with a 95 % interval from a bootstrap over blocks of 128 tokens. Then both answer twenty fixed prompts greedily; a reply
+Prose is read as documents of --document tokens, chats are written by the source (about topics that no conversion trains
+on) and read one by one; the state begins anew each time. Differences are paired, with a 95 % interval from a bootstrap
+over blocks of 128 tokens. Then both answer twenty fixed prompts greedily; a reply
 loops if its end is one piece of up to 40 tokens said three times over.
 """
 from __future__ import annotations
@@ -20,13 +20,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
 
 import sbedge
-from sbedge.apps.convert.prompts import TOPICS
+from sbedge.apps.convert.prompts import HELD_OUT
 from sbedge.apps.convert.sampling import Writer
 from sbedge.export.perplexity import Predictions, chunk_tokens
 from sbedge.runtime.engine import Engine
 
 BLOCK, DRAWS = 128, 10_000
-HELD_OUT, TRAINED = TOPICS[::8], tuple(t for i, t in enumerate(TOPICS) if i % 8)     # of the demo's conversion
 PROMPTS = (
     "The capital of France is", "What is photosynthesis?", "Why is the sky blue?", "Name three fruits.",
     "Write a short poem about the sea.", "Explain gravity to a child.", "What is 2 + 2?", "Who wrote Hamlet?",

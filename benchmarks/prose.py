@@ -1,14 +1,15 @@
 """The prose that calibration and conversion are trained and measured with, as two disjoint halves of a text.
 
-    python benchmarks/prose.py SOURCE prose-1.txt prose-2.txt
+    python benchmarks/prose.py SOURCE prose-1.txt prose-2.txt [CHARACTERS]
 
 SOURCE is a text compressed by gzip, or a folder with HTML pages, out of a Debian package, such as
 
     jargon-text 4.4.7-4.1         usr/share/doc/jargon-text/jargon.txt.gz
     debian-handbook 11.20220922   usr/share/doc/debian-handbook/html/en-US
 
-Paragraphs of running English are kept, one a line; pages are read in the order of their names. The halves of the Jargon
-File have SHA-256 sums that begin with e4dfb199 and 266c7bb7.
+Paragraphs of running English are kept, one a line; pages are read in the order of their names. With CHARACTERS each
+half keeps about so many, in paragraphs spread evenly over it. The whole halves of the Jargon File have SHA-256 sums
+that begin with e4dfb199 and 266c7bb7.
 """
 from __future__ import annotations
 
@@ -60,11 +61,17 @@ def is_prose(paragraph: str) -> bool:
             and paragraph[-1] in ".!?)")
 
 
-def main(source: str, first: str, second: str) -> None:
+def thinned(prose: str, characters: int) -> str:
+    """Every so many-th paragraph, so that about `characters` are left."""
+    return "\n\n".join(prose.split("\n\n")[::max(1, round(len(prose) / characters))])
+
+
+def main(source: str, first: str, second: str, characters: str = "") -> None:
     clean = (re.sub(r"\s+", " ", part).strip() for part in paragraphs(Path(source)))
     prose = "\n\n".join(dict.fromkeys(filter(is_prose, clean)))
     cut = prose.index("\n\n", len(prose) // 2)
     for path, half in ((first, prose[:cut]), (second, prose[cut + 2:])):
+        half = thinned(half, int(characters)) if characters else half
         Path(path).write_text(half + "\n", encoding="utf-8")
         print(path, len(half), hashlib.sha256(Path(path).read_bytes()).hexdigest())
 

@@ -20,7 +20,7 @@ import numpy as np
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import INPUT_KINDS, ModelConfig
 from sbedge.errors import ExportError
-from sbedge.quant.folding import folded
+from sbedge.quant.folding import POWER, folded
 from sbedge.quant.ggml_blocks import BLOCK as GGML_BLOCK
 from sbedge.quant.ggml_blocks import GGML_GRIDS
 from sbedge.quant.gptq import GRIDS, Grid, calibrate
@@ -29,7 +29,7 @@ from sbedge.quant.sparsity import SHARES, shared_out, silence
 from .activations import Samples, in_batches, path
 from .calibrated import Calibrated
 from .report import log_softmax
-from .spikes import EVENT_LINEARS, Spikes, event_layout, exported_config
+from .spikes import EVENT_LINEARS, Spikes, event_layout, exported_config, trained_spikes
 
 SAMPLES, SAMPLE_TOKENS = 128, 128
 LEAST_TOKENS = 1024         # of a text
@@ -93,7 +93,9 @@ def calibrated(checkpoint: Checkpoint, quant: str, calibration: Calibration, spi
     spiking = quant.endswith("-spike")
     if calibration.skip is not None and not spiking:
         raise ExportError(f"quant {quant} has no silent channels to skip; choose w8-spike or w4-spike")
-    config = exported_config(checkpoint, quant, (spikes or Spikes(k=DEFAULT_K)) if spiking else spikes)
+    if spiking and spikes is None and not trained_spikes(checkpoint):
+        spikes = Spikes(k=DEFAULT_K)
+    config = exported_config(checkpoint, quant, spikes)
     layers = Layers(checkpoint)
     if calibration.skip is not None:
         config = with_dead_zones(layers, config, calibration, progress)
@@ -103,11 +105,12 @@ def calibrated(checkpoint: Checkpoint, quant: str, calibration: Calibration, spi
 
 
 class Layers:
-    """The folded weights of a checkpoint, a layer at a time, by full name."""
+    """The folded weights of a checkpoint (as they are, if it was trained to spike), a layer at a time, by full name."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.config = checkpoint.config
+        self.power = 0.0 if trained_spikes(checkpoint) else POWER
         self.bytes = 4 * sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if ".layers.0." in name)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
@@ -115,7 +118,7 @@ class Layers:
         names = [name for name in self.checkpoint.names() if name.startswith(prefix)]
         weights = {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
         self.checkpoint.release()
-        return {prefix + name: weight for name, weight in folded(weights, self.config).items()}
+        return {prefix + name: weight for name, weight in folded(weights, self.power).items()}
 
     def rest(self) -> dict[str, np.ndarray]:
         return {name: self.checkpoint.tensor(name) for name in self.checkpoint.names() if ".layers." not in name}

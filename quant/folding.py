@@ -11,29 +11,34 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sbedge.config import ModelConfig
-
 POWER = 1.0
+# kind of input -> what reads it, by the names within a layer. o_proj's cannot be folded: it comes from the state.
+READERS = {"attention in": ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.gk_proj", "attn.gk_proj.0"),
+           "FFN in": ("mlp.gate_proj", "mlp.up_proj"), "FFN down": ("mlp.down_proj",)}
+MAKER = {"attention in": "attn_norm.weight", "FFN in": "mlp_norm.weight", "FFN down": "mlp.up_proj.weight"}
 
 
-def folded(weights: Mapping[str, np.ndarray], config: ModelConfig, power: float = POWER) -> dict[str, np.ndarray]:
+def folded(weights: Mapping[str, np.ndarray], power: float = POWER) -> dict[str, np.ndarray]:
     """The tensors of one layer, by their names within it ("attn.q_proj.weight" [out, in], ...), the same function."""
     w = dict(weights)
-    for norm, readers in (("attn_norm.weight", ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.gk_proj",
-                                                "attn.gk_proj.0")),
-                          ("mlp_norm.weight", ("mlp.gate_proj", "mlp.up_proj"))):
-        names = [f"{reader}.weight" for reader in readers if f"{reader}.weight" in w]
-        factor = loudness([w[name] for name in names], power)
-        w[norm] = w[norm] * factor
-        for name in names:
+    for kind in READERS:
+        factor, maker = loudness(w, kind, power), MAKER[kind]
+        w[maker] = (w[maker].T * factor).T
+        for name in readers_of(w, kind):
             w[name] = w[name] / factor
-    factor = loudness([w["mlp.down_proj.weight"]], power)
-    w["mlp.up_proj.weight"] = w["mlp.up_proj.weight"] * factor[:, None]
-    w["mlp.down_proj.weight"] = w["mlp.down_proj.weight"] / factor
     return w
 
 
-def loudness(weights: list[np.ndarray], power: float) -> np.ndarray:
+def readers_of(weights: Mapping[str, np.ndarray], kind: str) -> list[str]:
+    return [f"{reader}.weight" for reader in READERS[kind] if f"{reader}.weight" in weights]
+
+
+def loudness(weights: Mapping[str, np.ndarray], kind: str, power: float = POWER) -> np.ndarray:
+    """What folding makes the channels of an input louder by: [in] float32, its geometric mean 1."""
+    return _norms([weights[name] for name in readers_of(weights, kind)], power)
+
+
+def _norms(weights: list[np.ndarray], power: float) -> np.ndarray:
     """||w_j|| ** power over all outputs of `weights` [out, in] together, their geometric mean 1: [in] float32."""
     norms = np.sqrt(sum(np.square(w, dtype=np.float64).sum(axis=0) for w in weights))
     largest = norms.max()

@@ -1,6 +1,8 @@
 """pytest tests/test_convert.py: a transformer becomes a hybrid whose GLA layers compute what reference.py says."""
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ from tiny import write_tiny_checkpoint
 from tiny_llama import write_tiny_llama
 
 from sbedge.apps import cli
-from sbedge.apps.convert.delta import load_delta
+from sbedge.apps.convert.delta import apply_delta, load_delta
+from sbedge.apps.convert.source import write_window_checkpoint
 from sbedge.checkpoint import Checkpoint
-from sbedge.config import ModelConfig
+from sbedge.config import INPUT_KINDS, ModelConfig
 from sbedge.export import export_model
+from sbedge.export.spikes import SPIKES_FILE, spiking_config
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.reference import Reference
 from sbedge.runtime.load import load, open_engine
@@ -20,7 +24,14 @@ from sbedge.runtime.load import load, open_engine
 torch = pytest.importorskip("torch", reason="conversion trains with torch: pip install 'sbedge[convert]'")
 
 from sbedge.apps.convert import fitting, loss, pipeline  # noqa: E402
-from sbedge.apps.convert.torch_model import LEAST_DECAY, Hybrid, gla, window_attention  # noqa: E402
+from sbedge.apps.convert.torch_model import (  # noqa: E402
+    LEAST_DECAY,
+    Hybrid,
+    Spiking,
+    StraightThrough,
+    gla,
+    window_attention,
+)
 
 # ---- the model in torch -------------------------------------------------------------------------------
 
@@ -76,6 +87,35 @@ def test_the_torch_model_is_the_reference(tmp_path: Path, heads: tuple[int, int]
         found = model.logits(torch.from_numpy(ids)[None])[0].numpy()
     assert wanted is not None
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("attn_layers", [[0, 1, 2], [1], []])
+def test_the_torch_model_spikes_as_the_reference_does(tmp_path: Path, attn_layers: list[int]) -> None:
+    """Counts are rounded, so the last bit of a sum can decide one: most logits must agree, and the likeliest tokens."""
+    checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path, attn_layers=attn_layers))
+    layers = checkpoint.config.num_hidden_layers
+    zones = np.linspace(0, 0.8, layers * 4).round(3).tolist()
+    spiking = spiking_config(checkpoint.config, {"spike_k": 8.0, "input_dead_zone": zones}, "test")
+    reference, model = Reference(checkpoint, config=spiking), Hybrid.of(checkpoint, dtype=torch.float32)
+    for i, layer in enumerate(model.layers):
+        layer.spike = Spiking(8.0, dict(zip(INPUT_KINDS, zones[4 * i:4 * i + 4], strict=True)),
+                              dict.fromkeys(INPUT_KINDS, torch.ones(())), rows=1)
+    ids = np.random.default_rng(0).integers(0, 128, (2, 70))
+    with torch.no_grad():
+        found = model.logits(torch.from_numpy(ids)).numpy()
+    for logits, row, config in zip(found, ids, (spiking, checkpoint.config), strict=True):
+        reference.config = config       # the second row does not spike
+        wanted = reference.forward(row, reference.new_state(), logits="all")
+        assert wanted is not None
+        assert np.quantile(np.abs(logits - wanted), 0.9) < 1e-3 * np.abs(wanted).max()
+        assert (logits.argmax(1) == wanted.argmax(1)).mean() > 0.95
+
+
+def test_gradients_pass_spikes_as_if_there_were_none() -> None:
+    torch.manual_seed(0)
+    x, upstream = torch.randn(3, 5, 16, requires_grad=True), torch.randn(3, 5, 16)
+    (StraightThrough.apply(x, 2, 8.0, 0.5, torch.rand(16) + 0.5) * upstream).sum().backward()
+    torch.testing.assert_close(x.grad, upstream)
 
 
 # ---- the loss -----------------------------------------------------------------------------------------
@@ -187,6 +227,70 @@ def test_the_delta_is_the_checkpoint_within_8_bit(source: Path, converted: Path)
     for name, values in delta.tensors.items():
         if name in whole.shapes:
             np.testing.assert_allclose(values, whole.tensor(name), atol=np.abs(whole.tensor(name)).max() / 127)
+
+
+# ---- going on, and spiking ----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def spiking(source: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained to spike from the delta of `converted` on."""
+    folder = tmp_path_factory.mktemp("spiking")
+    assert cli.main(["convert", str(source), "-o", str(folder / "out"), "--start", str(converted / "delta.safetensors"),
+                     "--tokens", "0", "--own-tokens", "600", "--length", "64", "--rank", "4", "--spike", "0.4",
+                     "--spike-tokens", "2048", "--threads", "1", "--delta", str(folder / "delta.safetensors")]) == 0
+    return folder
+
+
+def test_a_model_trained_to_spike_says_how_and_its_exports_do_so(spiking: Path, converted: Path) -> None:
+    checkpoint = Checkpoint(spiking / "out")
+    assert checkpoint.config.attn_layers == Checkpoint(converted / "out").config.attn_layers
+    trained = json.loads((spiking / "out" / SPIKES_FILE).read_text())
+    assert trained["spike_k"] == 8 and len(trained["input_dead_zone"]) == 4 * checkpoint.config.num_hidden_layers
+    assert max(trained["input_dead_zone"]) > 0.1
+    export_model(spiking / "out", spiking / "onnx", quant="w8-spike")
+    config = open_engine(spiking / "onnx").config
+    assert config.spike_k == 8 and config.input_dead_zone == tuple(trained["input_dead_zone"])
+
+
+def test_a_model_trained_to_spike_is_folded_and_computes_the_same(spiking: Path, source: Path, tmp_path: Path) -> None:
+    delta = load_delta(spiking / "delta.safetensors")
+    write_window_checkpoint(source, tmp_path / "source")
+    for name, one in (("folded", delta), ("plain", dataclasses.replace(delta, spikes=None))):
+        apply_delta(tmp_path / "source", one, tmp_path / name)
+    assert not (tmp_path / "plain" / SPIKES_FILE).exists()
+    norm = "model.layers.0.mlp_norm.weight"
+    assert not np.allclose(Checkpoint(tmp_path / "folded").tensor(norm), Checkpoint(tmp_path / "plain").tensor(norm))
+    logits = []
+    for name in ("folded", "plain"):
+        reference = Reference(tmp_path / name)
+        logits.append(reference.forward(range(40), reference.new_state(), logits="all"))
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_from_a_delta(source: Path, converted: Path, tmp_path: Path) -> None:
+    """With hardly any steps it is still what it was."""
+    delta = converted / "delta.safetensors"
+    assert cli.main(["convert", str(source), "-o", str(tmp_path / "out"), "--start", str(delta), "--tokens", "256",
+                     "--own-tokens", "600", "--length", "64", "--rank", "4", "--threads", "1"]) == 0
+    references = [Reference(tmp_path / "out"), Reference(converted / "out")]
+    found, wanted = (r.forward(range(40), r.new_state(), logits="all") for r in references)
+    assert found is not None and wanted is not None
+    assert np.abs(found - wanted).max() < 0.2 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(("options", "line"), [
+    (["--rank", "1"], "--rank is 1, but the corrections to go on from have 2"),
+    (["--gla-layers", "1"], "--gla-layers is 1, but"),
+    (["--spike", "2"], "--spike is 2, expected a share from 0 to 0.9"),
+])
+def test_a_start_that_does_not_fit_ends_in_one_line(source: Path, converted: Path, tmp_path: Path, options: list[str],
+                                                    capsys: pytest.CaptureFixture[str], line: str) -> None:
+    command = ["convert", str(source), "-o", str(tmp_path / "out"), "--start", str(converted / "delta.safetensors"),
+               "--tokens", "256", "--own-tokens", "300", "--length", "64"]
+    assert cli.main([*command, *options]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what cannot be done ------------------------------------------------------------------------------

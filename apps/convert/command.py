@@ -21,12 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE",
                         help="Llama or Qwen2: a GGUF file, or a folder with config.json, safetensors and tokenizer")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="CHECKPOINT", help="folder to write")
-    parser.add_argument("--gla-layers", type=int, required=True, metavar="N", help="how many layers to convert")
+    parser.add_argument("--gla-layers", type=int, metavar="N", help="how many layers to convert")
+    parser.add_argument("--start", type=Path, metavar="DELTA",
+                        help="go on from a delta of an earlier conversion (--delta), instead of choosing layers")
     parser.add_argument("--window", type=int, metavar="W", help="tokens that the other layers see (default 2048)")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
                         help="UTF-8 text to train on, too; may be repeated")
     parser.add_argument("--tokens", type=int, default=1_000_000, metavar="N",
-                        help="tokens to train on, repetitions counted (default 1000000)")
+                        help="tokens to train on, repetitions counted (default 1000000; 0 with --start: none)")
+    parser.add_argument("--spike", type=float, metavar="SHARE",
+                        help="afterwards train it to spike, with this share of the weights silent (0.4: 40 %%)")
+    parser.add_argument("--spike-tokens", type=int, metavar="N", help="tokens to do that on (default half of --tokens)")
     parser.add_argument("--own-tokens", type=int, metavar="N",
                         help="tokens of text that the source writes itself (default: a third of --tokens)")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a training row (default 512)")
@@ -40,13 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     own = args.tokens // 3 if args.own_tokens is None else args.own_tokens
+    spike = args.tokens // 2 if args.spike_tokens is None else args.spike_tokens
     for option, value, least in (("--gla-layers", args.gla_layers, 1), ("--window", args.window, 1),
-                                 ("--tokens", args.tokens, 1), ("--own-tokens", own, 0), ("--length", args.length, 64),
-                                 ("--rank", args.rank, 0), ("--seed", args.seed, 0), ("--threads", args.threads, 1)):
+                                 ("--tokens", args.tokens, 0 if args.start else 1), ("--own-tokens", own, 0),
+                                 ("--length", args.length, 64), ("--rank", args.rank, 0), ("--seed", args.seed, 0),
+                                 ("--threads", args.threads, 1),
+                                 ("--spike-tokens", spike, 0 if args.spike is None else 1)):
         if value is not None and not least <= value <= 1 << 40:
             raise InputError(f"{option} is {value}, expected a whole number from {least}")
     if args.length % 64:
         raise InputError(f"--length is {args.length}, expected a multiple of 64")
+    if args.gla_layers is None and not args.start:
+        raise InputError("how many layers shall be converted? give --gla-layers, or --start with a delta to go on from")
+    if args.spike is not None and not 0 <= args.spike <= 0.9:
+        raise InputError(f"--spike is {args.spike:g}, expected a share from 0 to 0.9")
     if args.output.exists():
         raise ExportError(f"{args.output}: exists already; choose another name or remove it first")
     texts = [read_text(file) for file in args.text]
@@ -56,9 +68,11 @@ def run(args: argparse.Namespace) -> None:
 
     from .pipeline import Settings, convert
     torch.set_num_threads(args.threads or default_threads())
-    settings = Settings(args.gla_layers, args.window, args.tokens, own, args.seed, args.rank, args.length)
+    settings = Settings(args.gla_layers, args.window, args.tokens, own, args.seed, args.rank, args.length,
+                        spike=args.spike, spike_tokens=spike)
     with steps_bar() as report:
-        convert(args.source, args.output, settings, texts, resume=args.resume, delta_file=args.delta, report=report)
+        convert(args.source, args.output, settings, texts, start=args.start, resume=args.resume, delta_file=args.delta,
+                report=report)
 
 
 def torch_installed() -> bool:

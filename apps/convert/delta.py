@@ -3,13 +3,17 @@
 Tensors of a delta, by name (float32 in memory, in a file 8-bit codes with a scale a row where they are matrices):
   model.layers.4.attn.q_proj.weight …    tensors of converted layers, whole
   model.layers.5.mlp.down.A, .B          low-rank corrections [rank, in], [rank, out]: W + B^T A, of PARTS
+
+Of a model that was trained to spike it also holds how (`spikes`), and the checkpoint made of it is folded
+(quant/folding.py): its channels are as loud as they were when their counts were taken.
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,6 +23,8 @@ from sbedge.apps.files import new_file
 from sbedge.checkpoint import Checkpoint, expected_tensors
 from sbedge.config import ModelConfig
 from sbedge.errors import CheckpointError
+from sbedge.export.spikes import SPIKES_FILE, spiking_config
+from sbedge.quant.folding import folded
 from sbedge.runtime.tokenizer import Tokenizer
 
 from .source import Progress, write_checkpoint
@@ -28,15 +34,32 @@ FORMAT = "sbedge-delta-1"
 PARTS = {"attn.qkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.o": ("attn.o_proj",),
          "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.down": ("mlp.down_proj",)}
 MAX_RANK = 4096
+Value = Callable[[str], np.ndarray]     # tensor name -> float32
 
 
 @dataclass(frozen=True)
 class Delta:
-    """source: fingerprint of the checkpoint it belongs to; attn_layers: what stays sliding-window."""
+    """source: fingerprint of the checkpoint it belongs to; attn_layers: what stays sliding-window; spikes: how it was
+    trained to spike, if it was."""
 
     source: str
     attn_layers: tuple[int, ...]
     tensors: Mapping[str, np.ndarray]
+    spikes: Mapping[str, Any] | None = None     # the object of a SPIKES_FILE
+
+    @property
+    def rank(self) -> int:
+        """Of the corrections; 0 without any."""
+        return max((len(values) for name, values in self.tensors.items() if name.endswith(".A")), default=0)
+
+    def converted(self, config: ModelConfig) -> list[int]:
+        """The GLA layers."""
+        return [i for i in range(config.num_hidden_layers) if i not in self.attn_layers]
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that differs from the source's."""
+        return min(int(name.split(".")[2]) for name in self.tensors)
 
 
 def save_delta(delta: Delta, path: Path, *, force: bool = False) -> None:
@@ -50,6 +73,8 @@ def save_delta(delta: Delta, path: Path, *, force: bool = False) -> None:
         else:
             stored[name] = np.asarray(values, np.float32)
     about = {"format": FORMAT, "source": delta.source, "attn_layers": json.dumps(list(delta.attn_layers))}
+    if delta.spikes:
+        about["spikes"] = json.dumps(delta.spikes)
     with new_file(path, force=force) as temporary:
         save_file(dict(sorted(stored.items())), temporary, metadata=about)
 
@@ -64,10 +89,11 @@ def load_delta(path: Path) -> Delta:
             raise CheckpointError(f"{path}: format {about.get('format')!r}, expected {FORMAT!r}")
         layers = tuple(int(i) for i in json.loads(about["attn_layers"]))
         tensors = {name: _values(name, stored) for name in stored if not name.endswith(".scale")}
+        spikes = dict(json.loads(about["spikes"])) if "spikes" in about else None
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a readable delta ({error}); expected a file of `sbedge convert --delta`") \
             from None
-    return Delta(about.get("source", ""), layers, tensors)
+    return Delta(about.get("source", ""), layers, tensors, spikes)
 
 
 def _values(name: str, stored: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -86,13 +112,41 @@ def apply_delta(source: Path, delta: Delta | Path, out: Path, *, progress: Progr
     if isinstance(delta, Path):
         delta = load_delta(delta)
     checkpoint = Checkpoint(source)
-    if delta.source != checkpoint.fingerprint:
-        raise CheckpointError(f"{where}: made for the checkpoint with fingerprint {delta.source[:12]}, found "
-                              f"{checkpoint.fingerprint[:12]} in {source}; use the source it was trained on")
+    check_source(delta, checkpoint, where)
     raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     raw["attn_layers"] = list(delta.attn_layers)
-    values = _Applied(checkpoint, delta, ModelConfig.from_dict(raw, source=where), where)
+    config = ModelConfig.from_dict(raw, source=where)
+    values: Value = _Applied(checkpoint, delta, config, where)
+    extra = dict(extra or {})
+    if delta.spikes:
+        spiking_config(config, delta.spikes, where)
+        values = _Folded(values, config)
+        extra[SPIKES_FILE] = json.dumps(delta.spikes).encode()
     write_checkpoint(out, raw, values, Tokenizer.from_folder(source), progress, extra)
+
+
+def check_source(delta: Delta, checkpoint: Checkpoint, where: str) -> None:
+    """CheckpointError if `delta` belongs to another source."""
+    if delta.source != checkpoint.fingerprint:
+        raise CheckpointError(f"{where}: made for the checkpoint with fingerprint {delta.source[:12]}, found "
+                              f"{checkpoint.fingerprint[:12]} in {checkpoint.folder}; use the source it was trained on")
+
+
+class _Folded:
+    """name -> tensor of `value` folded; a layer is in memory at a time, so ask for its tensors together."""
+
+    def __init__(self, value: Value, config: ModelConfig):
+        self.value, self.names = value, list(expected_tensors(config))
+        self.prefix, self.layer = "", dict[str, np.ndarray]()
+
+    def __call__(self, name: str) -> np.ndarray:
+        if ".layers." not in name:
+            return self.value(name)
+        prefix = ".".join(name.split(".")[:3]) + "."
+        if prefix != self.prefix:
+            self.prefix, self.layer = prefix, folded({other.removeprefix(prefix): self.value(other)
+                                                      for other in self.names if other.startswith(prefix)})
+        return self.layer[name.removeprefix(prefix)]
 
 
 class _Applied:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ROWS = 256      # tokens whose logits are in memory at once
+ROWS = 512      # tokens whose logits are in memory at once
 
 
 class Distance(torch.autograd.Function):

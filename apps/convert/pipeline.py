@@ -4,23 +4,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from sbedge.apps.files import new_file
 from sbedge.checkpoint import Checkpoint
+from sbedge.config import INPUT_KINDS
 from sbedge.errors import InputError, SbedgeError
 from sbedge.export import export_model
+from sbedge.export.calibration import Calibration, Layers, with_dead_zones
+from sbedge.export.spikes import SPIKES_FILE
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.engine import Engine
 from sbedge.runtime.load import open_engine
 from sbedge.runtime.tokenizer import Tokenizer
 
 from . import stages
-from .delta import Delta, apply_delta, save_delta
+from .delta import Delta, apply_delta, check_source, load_delta, save_delta
 from .fitting import Plan, Report
 from .sampling import Writer
 from .source import write_window_checkpoint
@@ -29,13 +33,17 @@ from .torch_model import GlaMixer, Hybrid
 TRIAL_SHARE, TRANSFER_SHARE = 0.1, 0.1    # of the training tokens: all layers before ranking, the chosen ones after
 TRANSFER_RATE, TUNE_RATE = 1e-3, 7e-4
 RANK_ROWS = 2                               # rows that layers are ranked by
+SPIKE_K = 8.0                               # fine counts: what is silent is decided by dead zones
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a conversion is asked for; token counts are training tokens, `own` is how many of them the source writes."""
+    """What a conversion is asked for; token counts are training tokens, `own` is how many of them the source writes.
 
-    gla_layers: int
+    spike  share of the weights that shall be silent when it spikes; None: it is not trained to spike
+    """
+
+    gla_layers: int | None
     window: int | None = None
     tokens: int = 1_000_000
     own: int = 300_000
@@ -43,39 +51,45 @@ class Settings:
     rank: int = 8
     length: int = 512
     batch: int = 4          # rows a step
+    spike: float | None = None
+    spike_tokens: int = 500_000
 
-    def steps(self, share: float) -> int:
-        return max(2, round(share * self.tokens / (self.length * self.batch)))
+    def steps(self, tokens: float) -> int:
+        return max(2, round(tokens / (self.length * self.batch)))
 
 
-def convert(source: Path, out: Path, settings: Settings, texts: Sequence[str] = (), *, resume: bool = False,
-            delta_file: Path | None = None, report: Report | None = None) -> None:
+def convert(source: Path, out: Path, settings: Settings, texts: Sequence[str] = (), *, start: Path | None = None,
+            resume: bool = False, delta_file: Path | None = None, report: Report | None = None) -> None:
     """Convert `source` to the checkpoint folder `out`. Work under way is in a folder beside it, `out`.work.
 
+    With `start`, a delta of an earlier conversion of this source, training goes on from there.
     The same arguments give the same checkpoint (on one machine, with as many threads); so does a run that was
     interrupted and resumed. Raises InputError for settings that do not fit the source, and what reading it raises.
     """
     work = out.with_name(f"{out.name}.work")
     begun = work.exists()
-    _begin(work, source, settings, texts, resume)
+    _begin(work, source, settings, texts, start, resume)
     try:
         checkpoint = _source(work, source, settings, report)
+        delta = _start(start, checkpoint, settings) if start else None
         rows = _text(work, checkpoint, settings, texts, report)
     except SbedgeError:
         if not begun:       # nothing is in there that one would go on with
             shutil.rmtree(work)
         raise
-    chosen, mixers = _chosen(work, checkpoint, settings, rows, report)
-    model = _tuned(work, checkpoint, settings, rows, chosen, mixers, report)
-    delta = delta_of(model, checkpoint, chosen)
+    if delta is None:
+        delta = _transferred(work, checkpoint, settings, rows, report)
+    delta = _tuned(work, checkpoint, settings, rows, delta, report)
     if delta_file:
         save_delta(delta, delta_file, force=True)
     apply_delta(work / "source", delta, out, progress=report, extra={"conversion.csv": (work / "log.csv").read_bytes()})
     shutil.rmtree(work)
 
 
-def _begin(work: Path, source: Path, settings: Settings, texts: Sequence[str], resume: bool) -> None:
-    asked = {"source": str(source.resolve()), **asdict(settings), "text": [len(text) for text in texts]}
+def _begin(work: Path, source: Path, settings: Settings, texts: Sequence[str], start: Path | None,
+           resume: bool) -> None:
+    asked = {"source": str(source.resolve()), **asdict(settings), "text": [len(text) for text in texts],
+             "start": str(start.resolve()) if start else None}
     file = work / "settings.json"
     if work.exists() and not resume:
         raise InputError(f"{work}: exists already; --resume goes on with it, or remove it")
@@ -100,9 +114,21 @@ def _source(work: Path, source: Path, settings: Settings, report: Report | None)
         write_window_checkpoint(source, work / "source", window=settings.window, progress=report)
     checkpoint = Checkpoint(work / "source")
     count = checkpoint.config.num_hidden_layers
-    if settings.gla_layers > count:
+    if settings.gla_layers is not None and settings.gla_layers > count:
         raise InputError(f"--gla-layers is {settings.gla_layers}, but {source} has {count} layers in all")
     return checkpoint
+
+
+def _start(path: Path, checkpoint: Checkpoint, settings: Settings) -> Delta:
+    """The delta to go on from."""
+    delta = load_delta(path)
+    check_source(delta, checkpoint, str(path))
+    count = len(delta.converted(checkpoint.config))
+    if settings.gla_layers not in (None, count):
+        raise InputError(f"--gla-layers is {settings.gla_layers}, but {path} has {count}; leave the option out")
+    if delta.rank > settings.rank:
+        raise InputError(f"--rank is {settings.rank}, but the corrections to go on from have {delta.rank}")
+    return delta
 
 
 def _text(work: Path, checkpoint: Checkpoint, settings: Settings, texts: Sequence[str],
@@ -144,14 +170,15 @@ def _engine(work: Path) -> Engine:
     return open_engine(model)
 
 
-def _chosen(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndarray,
-            report: Report | None) -> tuple[list[int], dict[int, GlaMixer]]:
-    """The layers to convert, best first, and their mixers after transfer."""
+def _transferred(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndarray,
+                 report: Report | None) -> Delta:
+    """The layers to convert, and their mixers after transfer."""
+    assert settings.gla_layers is not None
     model = Hybrid(checkpoint.config, checkpoint.weight)
     mixers = {i: stages.new_gla(model, i, checkpoint.weight, settings.seed) for i in range(len(model.layers))}
     if not (work / "trial.pt").exists():
         stages.solve_outputs(model, mixers, rows[:4 * settings.batch], settings.batch)
-    trial = Plan("trial", settings.steps(TRIAL_SHARE), settings.batch, TRANSFER_RATE, settings.seed)
+    trial = Plan("trial", settings.steps(TRIAL_SHARE * settings.tokens), settings.batch, TRANSFER_RATE, settings.seed)
     stages.transfer(model, mixers, rows, trial, work, report)
     ranking = work / "ranking.json"
     if not ranking.exists():
@@ -160,34 +187,87 @@ def _chosen(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.nda
             temporary.write_text(json.dumps(chosen), encoding="utf-8")
     chosen = json.loads(ranking.read_text(encoding="utf-8"))
     mixers = {i: mixers[i] for i in chosen}
-    plan = Plan("transfer", settings.steps(TRANSFER_SHARE), settings.batch, TRANSFER_RATE, settings.seed + 1)
+    plan = Plan("transfer", settings.steps(TRANSFER_SHARE * settings.tokens), settings.batch, TRANSFER_RATE,
+                settings.seed + 1)
     stages.transfer(model, mixers, rows, plan, work, report)
-    return chosen, mixers
-
-
-def _tuned(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndarray, chosen: list[int],
-           mixers: dict[int, GlaMixer], report: Report | None) -> Hybrid:
-    torch.manual_seed(settings.seed)        # the corrections begin at random
-    first, steps = min(chosen), settings.steps(1 - TRIAL_SHARE - TRANSFER_SHARE)
-    model = Hybrid(checkpoint.config, checkpoint.weight, rank=settings.rank, first=first)
-    needed = rows[:steps * settings.batch]
-    answers = stages.ask_source(model, needed, first, work, settings.batch, report)
     model.replace(mixers)
-    plan = Plan("tune", steps, settings.batch, TUNE_RATE, settings.seed + 2)
-    stages.tune(model, answers, first, plan, work, report)
+    return delta_of(model, checkpoint)
+
+
+def _tuned(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndarray, delta: Delta,
+           report: Report | None) -> Delta:
+    """The hybrid trained as a whole and, if asked, to spike."""
+    first = delta.lowest if settings.tokens else 0
+    left = 1 if delta.rank else 1 - TRIAL_SHARE - TRANSFER_SHARE    # what transfer has not used
+    tune = Plan("tune", settings.steps(left * settings.tokens), settings.batch, TUNE_RATE, settings.seed + 2)
+    spike = Plan("spike", settings.steps(settings.spike_tokens), settings.batch, TUNE_RATE, settings.seed + 3)
+    steps = max(settings.tokens and tune.steps, 0 if settings.spike is None else spike.steps)
+    if not steps:
+        return delta
+    source, needed = Hybrid(checkpoint.config, checkpoint.weight), rows[:steps * settings.batch]
+    answers = stages.ask_source(source, needed, first, work, settings.batch, report)
+    del source
+    if settings.tokens:
+        model = hybrid_of(checkpoint, delta, settings, first)
+        stages.tune(model, answers, first, tune, work, report)
+        delta = delta_of(model, checkpoint)
+    if settings.spike is not None:
+        spikes = _spikes(work, settings, rows, delta, report)
+        model = hybrid_of(checkpoint, delta, settings, 0)
+        stages.make_spike(model, Checkpoint(work / "tuned"), spikes, settings.batch)
+        stages.tune(model, answers, 0, spike, work, report)
+        delta = replace(delta_of(model, checkpoint), spikes=spikes)
+    return delta
+
+
+def _spikes(work: Path, settings: Settings, rows: np.ndarray, delta: Delta, report: Report | None) -> dict[str, Any]:
+    """How the model that `delta` makes (kept as `work`/tuned) shall spike: silent where that costs least."""
+    assert settings.spike is not None
+    if not (work / "tuned").exists():
+        apply_delta(work / "source", replace(delta, spikes=None), work / "tuned", progress=report)
+    file = work / SPIKES_FILE
+    if not file.exists():
+        tuned = Checkpoint(work / "tuned")
+        zones = (0.0,) * (tuned.config.num_hidden_layers * len(INPUT_KINDS))
+        if settings.spike:
+            progress = (lambda done, total, _: report("try silence", done, total)) if report else None
+            zones = with_dead_zones(Layers(tuned), tuned.config, Calibration(rows, settings.spike),
+                                    progress).input_dead_zone
+        with new_file(file) as temporary:
+            temporary.write_text(json.dumps({"spike_k": SPIKE_K, "input_dead_zone": zones}), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# ---- the model and its delta -----------------------------------------------------------------------------
+
+def hybrid_of(checkpoint: Checkpoint, delta: Delta, settings: Settings, first: int) -> Hybrid:
+    """What `delta` makes of the source, to be trained on, with corrections from layer `first`."""
+    torch.manual_seed(settings.seed)        # corrections begin at random
+    model = Hybrid(checkpoint.config, checkpoint.weight, rank=settings.rank, first=first)
+    model.replace({i: GlaMixer(checkpoint.config) for i in delta.converted(checkpoint.config)})
+    with torch.no_grad():
+        for name, parameter in model.trained():
+            values = delta.tensors.get(delta_name(name))
+            if values is None:
+                continue
+            if name.endswith(".B"):
+                parameter[:, :len(values)] = torch.from_numpy(values.T)
+            else:
+                parameter[:len(values)] = torch.from_numpy(values)
     return model
 
 
-# ---- the result ------------------------------------------------------------------------------------------
-
-def delta_of(model: Hybrid, checkpoint: Checkpoint, chosen: Sequence[int]) -> Delta:
-    """What `model` has learned, by the names of a delta."""
+def delta_of(model: Hybrid, checkpoint: Checkpoint) -> Delta:
+    """What `model` has learned."""
     tensors = {}
     for name, parameter in model.trained():
         values = parameter.detach().float().numpy()
-        _, layer, rest = name.split(".", 2)
-        part, _, rest = rest.partition(".")
-        rest = f"attn.{rest}" if part in ("gla", "window") else f"mlp.{part}.{rest}"
-        tensors[f"model.layers.{layer}.{rest}"] = np.ascontiguousarray(values.T if rest.endswith(".B") else values)
-    kept = tuple(i for i in range(checkpoint.config.num_hidden_layers) if i not in chosen)
+        tensors[delta_name(name)] = np.array(values.T if name.endswith(".B") else values, order="C")
+    kept = tuple(i for i, layer in enumerate(model.layers) if layer.gla is None)
     return Delta(checkpoint.fingerprint, kept, tensors)
+
+
+def delta_name(parameter: str) -> str:
+    """'layers.5.window.qkv.A' -> 'model.layers.5.attn.qkv.A'"""
+    _, layer, part, rest = parameter.split(".", 3)
+    return f"model.layers.{layer}." + (f"attn.{rest}" if part in ("gla", "window") else f"mlp.{part}.{rest}")

@@ -24,7 +24,7 @@ TASKS = (
     "How can I teach {} in an hour?", "Write a review of a museum of {}.", "Explain the science behind {}.",
     "Rewrite in a formal tone: {} is really cool.", "Write Python code that has to do with {}.",
 )
-TOPICS = (
+ALL_TOPICS = (
     "photosynthesis", "the Roman Empire", "chess", "bread", "volcanoes", "the moon", "electricity", "bees", "jazz",
     "democracy", "the water cycle", "bicycles", "dinosaurs", "money", "vaccines", "the Industrial Revolution",
     "gravity", "coffee", "the human heart", "earthquakes", "Shakespeare", "climate change", "football", "gardening",
@@ -40,6 +40,8 @@ TOPICS = (
     "the Cold War", "honey", "knitting", "coral reefs", "public transport", "zero", "stars", "lighthouses", "soup",
     "a lost key", "an old clock", "a small village", "two brothers", "a talking dog", "the sea", "winter", "hope",
 )
+HELD_OUT = ALL_TOPICS[::8]      # nothing is trained on these: what a conversion costs is measured with them
+TOPICS = tuple(topic for topic in ALL_TOPICS if topic not in HELD_OUT)
 FOLLOW_UPS = (
     "Can you say that more simply?", "Give me an example.", "Why is that?", "Summarize it in one sentence.",
     "What else should I know?", "Are you sure?", "Write it as a list.", "Tell me more about the last point.",

@@ -44,7 +44,7 @@ class Writer:
     seed: int = 0
     length: int = 512
     sessions: int = 32
-    share_chat: float = 0.5
+    share_chat: float = 0.7
     topics: tuple[str, ...] = TOPICS
     random: np.random.Generator = field(init=False)
 

@@ -4,21 +4,27 @@
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
+from sbedge.checkpoint import Checkpoint
+from sbedge.config import INPUT_KINDS
+from sbedge.quant.folding import READERS, loudness
+
 from .fitting import Plan, Report, fit
 from .loss import distance, likeliest
-from .torch_model import GlaMixer, Hybrid, Weight
+from .torch_model import GlaMixer, Hybrid, Spiking, Weight
 
 GATE_BIAS = (-6.0, 4.0)     # from channels that forget in 3 tokens to such that remember 900
 RIDGE = 1e-3                # of the mean feature energy
+SPIKING = 0.75              # of a batch's rows spike
 KNOWN = 64                  # likeliest tokens kept of the source's prediction
 
 # ---- initialise -----------------------------------------------------------------------------------------
@@ -123,16 +129,25 @@ def rank(model: Hybrid, mixers: dict[int, GlaMixer], rows: np.ndarray, count: in
 
 @dataclass
 class Answers:
-    """What the source says of every row, on disk: its likeliest tokens, and its hidden state where tuning begins."""
+    """What the source says of every row, on disk: its likeliest tokens, and its hidden state below layer `first`."""
 
+    rows: np.ndarray        # [N, T]
+    first: int
     ids: np.ndarray         # [N, T, K] uint16 or int32
     logprobs: np.ndarray    # [N, T, K] float16
-    hidden: np.ndarray      # [N, T, D] int16, the bits of bfloat16
+    hidden: np.ndarray | None = None    # [N, T, D] int16, the bits of bfloat16; None where `first` is 0
 
-    def batch(self, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def predicted(self, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities [rows * T, K] of the likeliest tokens."""
         ids = torch.from_numpy(self.ids[chosen].astype(np.int64)).flatten(0, 1)
-        logprobs = torch.from_numpy(self.logprobs[chosen].astype(np.float32)).flatten(0, 1)
-        return ids, logprobs, torch.from_numpy(self.hidden[chosen]).view(torch.bfloat16).float()
+        return ids, torch.from_numpy(self.logprobs[chosen].astype(np.float32)).flatten(0, 1)
+
+    def below(self, model: Hybrid, chosen: np.ndarray, first: int) -> Tensor:
+        """Hidden states [rows, T, D] below layer `first`, which is this one or 0."""
+        if not first:
+            return model.embed(torch.from_numpy(self.rows[chosen]))
+        assert first == self.first and self.hidden is not None
+        return torch.from_numpy(self.hidden[chosen]).view(torch.bfloat16).float()
 
 @torch.no_grad()
 def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch: int,
@@ -141,7 +156,9 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
     N, T = rows.shape
     known = min(KNOWN, model.config.vocab_size - 1)
     small = np.uint16 if model.config.vocab_size <= 1 << 16 else np.int32
-    wanted = {"ids": (small, known), "logprobs": (np.float16, known), "hidden": (np.int16, model.config.hidden_size)}
+    wanted: dict[str, tuple[Any, int]] = {"ids": (small, known), "logprobs": (np.float16, known)}
+    if first:
+        wanted["hidden"] = (np.int16, model.config.hidden_size)
     progress = folder / "answers-done.npy"
     done = int(np.load(progress)) if progress.exists() else 0
     arrays = {name: open_memmap(folder / f"answers-{name}.npy", mode="r+" if done else "w+", dtype=dtype,
@@ -149,7 +166,8 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
     for start in range(done, N, batch):
         place = slice(start, start + batch)
         h = model.hidden(model.embed(torch.from_numpy(rows[place])), 0, first)
-        arrays["hidden"][place] = h.to(torch.bfloat16).view(torch.int16).numpy()
+        if first:
+            arrays["hidden"][place] = h.to(torch.bfloat16).view(torch.int16).numpy()
         x = model.final(model.hidden(h, first)).flatten(0, 1)
         ids, logprobs = likeliest(x, model.head, known)
         arrays["ids"][place] = ids.reshape(-1, T, known).numpy()
@@ -160,20 +178,34 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
             np.save(progress, min(start + batch, N))
         if report:
             report("ask the source", min(start + batch, N), N)
-    return Answers(**arrays)
+    return Answers(rows, first, **arrays)
+
+# ---- spike ----------------------------------------------------------------------------------------------
+
+def make_spike(model: Hybrid, tuned: Checkpoint, spikes: Mapping[str, Any], batch: int) -> None:
+    """Let all layers spike as `spikes` (a SPIKES_FILE) says, in SPIKING of the rows of a batch.
+
+    tuned  the checkpoint that training begins with: its channels are as loud as folding would make them
+    """
+    kinds, rows = list(INPUT_KINDS), max(1, round(SPIKING * batch))
+    for i, layer in enumerate(model.layers):
+        prefix = f"model.layers.{i}."
+        weights = {name.removeprefix(prefix): tuned.tensor(name) for name in tuned.names() if name.startswith(prefix)}
+        zones = spikes["input_dead_zone"][i * len(kinds):(i + 1) * len(kinds)]
+        factors = {kind: torch.from_numpy(loudness(weights, kind)) if kind in READERS else torch.ones(())
+                   for kind in kinds}
+        layer.spike = Spiking(spikes["spike_k"], dict(zip(kinds, zones, strict=True)), factors, rows)
 
 # ---- tune -----------------------------------------------------------------------------------------------
 
 def tune(model: Hybrid, answers: Answers, first: int, plan: Plan, folder: Path, report: Report | None = None) -> None:
-    """Train the whole hybrid, from layer `first` on, to predict what the source predicts."""
+    """Train the whole hybrid, from layer `first` on, to predict what the source predicts; with spikes if it spikes."""
 
     def loss_of(chosen: np.ndarray) -> tuple[float, int]:
-        ids, logprobs, h = answers.batch(chosen)
-        x = model.final(model.hidden(h, first)).flatten(0, 1)
+        ids, logprobs = answers.predicted(chosen)
+        x = model.final(model.hidden(answers.below(model, chosen, first), first)).flatten(0, 1)
         loss = distance(x, model.head, ids, logprobs)
         loss.backward()
         return loss.item(), len(ids)
 
     fit(dict(model.trained()), loss_of, len(answers.ids), plan, folder, report)
-
-Attention = Callable[[int], GlaMixer]

@@ -6,6 +6,7 @@ float32); what is trained is float32. Notation: B sequences, T tokens, D hidden,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ CHUNK = 64              # tokens of a GLA chunk
 BLOCK = 128             # queries of a block of window attention
 LEAST_DECAY = -1.2      # log-decay of a token: ratios inside a chunk stay within float32 (exp(64 * 1.2 / 2))
 Weight = Callable[[str], np.ndarray]
+Spike = Callable[[str, Tensor], Tensor]     # (kind of input, x) -> what the linears that read it multiply
 
 
 def compute_type() -> torch.dtype:
@@ -61,6 +63,46 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
+class StraightThrough(torch.autograd.Function):
+    """Counts times threshold of x [B, T, width] in its first `rows` rows; the gradient passes as if it were x.
+
+    loudness [width] is what channels are multiplied with before their counts are taken (quant/folding.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int, k: float, zone: float, loudness: Tensor) -> Tensor:
+        loud = x[:rows].float() * loudness
+        size = loud.abs()
+        mean = size.mean(-1, keepdim=True)
+        threshold = (mean / k).clamp(1e-5, 1e4)
+        spiked = loud.div_(threshold).round_().mul_(threshold).masked_fill_(size < zone * mean, 0.0).div_(loudness)
+        return torch.cat([spiked.to(x.dtype), x[rows:]])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return upstream, None, None, None, None
+
+
+@dataclass(frozen=True)
+class Spiking:
+    """How the inputs of a layer spike; zones and loudness by kind of input (INPUT_KINDS).
+
+    rows  of a batch that spike; the others do not, so that the model stays good without spikes, too
+    """
+
+    k: float
+    zones: Mapping[str, float]
+    loudness: Mapping[str, Tensor]
+    rows: int
+
+    def __call__(self, kind: str, x: Tensor) -> Tensor:
+        return StraightThrough.apply(x, self.rows, self.k, self.zones[kind], self.loudness[kind])
+
+
+def as_it_is(kind: str, x: Tensor) -> Tensor:
+    return x
+
+
 class Frozen(nn.Module):
     """A linear of the source, with a trained low-rank correction if `rank`: y = x (W + B A)^T."""
 
@@ -96,14 +138,16 @@ class GlaMixer(nn.Module):
         self.g_norm = nn.Module()
         self.g_norm.weight = nn.Parameter(torch.ones(config.head_dim))
 
-    def features(self, x: Tensor) -> Tensor:
-        """What o_proj takes: x [B, T, D] (normed) -> [B, T, D]."""
+    def features(self, x: Tensor, spike: Spike = as_it_is) -> Tensor:
+        """What o_proj takes: x [B, T, D] (normed) -> [B, T, D]. The gate never spikes."""
         c, (B, T, D) = self.config, x.shape
         G, h, d = c.num_key_value_heads, c.group_size, c.head_dim
 
+        seen = spike("attention in", x)
+
         def apply(linear: nn.Linear) -> Tensor:
             bias = None if linear.bias is None else linear.bias.to(x.dtype)
-            return F.linear(x, linear.weight.to(x.dtype), bias).float()
+            return F.linear(seen, linear.weight.to(x.dtype), bias).float()
 
         pad = -T % CHUNK
         q = F.relu(apply(self.q_proj)).reshape(B, T, G, h, d).transpose(1, 2) * d ** -0.5
@@ -118,8 +162,8 @@ class GlaMixer(nn.Module):
         o = gla(q, k, v, log_decay)[:, :, :T]
         return rms_norm(o, self.g_norm.weight, c.norm_eps).transpose(1, 2).reshape(B, T, D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.features(x).to(x.dtype), self.o_proj.weight.to(x.dtype))
+    def forward(self, x: Tensor, spike: Spike = as_it_is) -> Tensor:
+        return F.linear(spike("attention out", self.features(x, spike).to(x.dtype)), self.o_proj.weight.to(x.dtype))
 
 
 class WindowMixer(nn.Module):
@@ -133,15 +177,15 @@ class WindowMixer(nn.Module):
                           np.concatenate([weight(f"{attn}{n}.bias") for n in names]))
         self.o = Frozen(weight(f"{attn}o_proj.weight"), rank, dtype)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], spike: Spike = as_it_is) -> Tensor:
         c, (B, T, D) = self.config, x.shape
         H, G, d, W = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.sliding_window
-        qkv = self.qkv(x).reshape(B, T, H + 2 * G, d).transpose(1, 2)
+        qkv = self.qkv(spike("attention in", x)).reshape(B, T, H + 2 * G, d).transpose(1, 2)
         qk = rotate(qkv[:, :H + G], *turn)
         q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + G:]
         k, v = (y.repeat_interleave(H // G, dim=1) for y in (k, v))
         o = window_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), W).reshape(B, H, T, d)
-        return self.o(o.transpose(1, 2).reshape(B, T, D))
+        return self.o(spike("attention out", o.transpose(1, 2).reshape(B, T, D)))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
@@ -178,6 +222,7 @@ class Layer(nn.Module):
         self.gate_up = Frozen(gate_up, rank, dtype)
         self.down = Frozen(weight(name + "mlp.down_proj.weight"), rank, dtype)
         self.gla: GlaMixer | None = None
+        self.spike: Spike = as_it_is
         self.dtype = dtype
 
     def mixer_input(self, h: Tensor) -> Tensor:
@@ -185,15 +230,16 @@ class Layer(nn.Module):
 
     def forward(self, h: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         x = self.mixer_input(h)
-        return self.ffn(h + (self.gla(x) if self.gla is not None else self.source_mixer(x, turn)))
+        return self.ffn(h + (self.gla(x, self.spike) if self.gla is not None else self.source_mixer(x, turn)))
 
     def source_mixer(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         assert self.window is not None, "the source's attention was dropped when the layer was converted"
-        return self.window(x, turn)
+        return self.window(x, turn, self.spike)
 
     def ffn(self, h: Tensor) -> Tensor:
-        gate, up = self.gate_up(rms_norm(h, self.mlp_norm, self.eps).to(self.dtype)).chunk(2, -1)
-        return h + self.down(F.silu(gate) * up)
+        x = self.spike("FFN in", rms_norm(h, self.mlp_norm, self.eps).to(self.dtype))
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return h + self.down(self.spike("FFN down", F.silu(gate) * up))
 
 
 class Hybrid(nn.Module):
