@@ -29,7 +29,7 @@ from sbedge.quant.sparsity import SHARES, shared_out, silence
 from .activations import Samples, in_batches, path
 from .calibrated import Calibrated
 from .report import log_softmax
-from .spikes import EVENT_LINEARS, Spikes, event_layout, exported_config, trained_spikes
+from .spikes import EVENT_LINEARS, Spikes, event_layout, exported_config
 
 SAMPLES, SAMPLE_TOKENS = 128, 128
 LEAST_TOKENS = 1024         # of a text
@@ -93,7 +93,7 @@ def calibrated(checkpoint: Checkpoint, quant: str, calibration: Calibration, spi
     spiking = quant.endswith("-spike")
     if calibration.skip is not None and not spiking:
         raise ExportError(f"quant {quant} has no silent channels to skip; choose w8-spike or w4-spike")
-    if spiking and spikes is None and not trained_spikes(checkpoint):
+    if spiking and spikes is None and not checkpoint.trained_spikes:
         spikes = Spikes(k=DEFAULT_K)
     config = exported_config(checkpoint, quant, spikes)
     layers = Layers(checkpoint)
@@ -110,7 +110,7 @@ class Layers:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.power = 0.0 if trained_spikes(checkpoint) else POWER
+        self.power = 0.0 if checkpoint.trained_spikes else POWER
         self.bytes = 4 * sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if ".layers.0." in name)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:

@@ -1,15 +1,13 @@
 """Which linears of an export spike, and with which weights."""
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from sbedge.checkpoint import Checkpoint
-from sbedge.config import ModelConfig, read_json
-from sbedge.errors import CheckpointError, ExportError
+from sbedge.config import ModelConfig
+from sbedge.errors import ExportError
 from sbedge.quant.event_layout import W4, W4_BLOCK, dequantize_w4, pack_nibbles, quantize_w4
 from sbedge.quant.gptq import INT8_ZERO
 from sbedge.quant.int8_groups import dequantize_int8_groups, quantize_int8_groups
@@ -36,29 +34,6 @@ class Spikes:
             raise ExportError(f"dead zone is {self.dead_zone:g}, expected 0 to 100 (times the mean of |x|)")
 
 
-SPIKES_FILE = "spikes.json"     # in the folder of a checkpoint that was trained to spike, and is no W8ASpike one
-
-
-def spiking_config(config: ModelConfig, trained: Mapping[str, Any], source: str) -> ModelConfig:
-    """`config` spiking as `trained` says, the object of a SPIKES_FILE, with ModelConfig's spike_k and input_dead_zone.
-
-    CheckpointError for numbers that do not fit the model.
-    """
-    asked = {key: trained.get(key) for key in ("spike_k", "input_dead_zone")}
-    spiking = ModelConfig.from_dict({**config.to_dict(), **asked, "spike_down": True}, source=source)
-    if not spiking.spike_k or not spiking.input_dead_zone:
-        raise CheckpointError(f"{source}: expected spike_k above 0 and input_dead_zone, found {sorted(trained)}")
-    return spiking
-
-
-def trained_spikes(checkpoint: Checkpoint) -> ModelConfig | None:
-    """How a checkpoint was trained to spike, if a SPIKES_FILE in its folder says so."""
-    path = checkpoint.folder / SPIKES_FILE
-    if not path.is_file():
-        return None
-    return spiking_config(checkpoint.config, read_json(path, "how the model was trained to spike"), str(path))
-
-
 def exported_config(checkpoint: Checkpoint, quant: str, spikes: Spikes | None) -> ModelConfig:
     """The model an export holds. A checkpoint that was trained to spike does so as it was; W8ASpike has k = 3."""
     if isinstance(checkpoint, Calibrated):
@@ -68,8 +43,8 @@ def exported_config(checkpoint: Checkpoint, quant: str, spikes: Spikes | None) -
         raise ExportError(f"quant {quant} has no spikes to set; choose w8-spike or w4-spike")
     if not quant.endswith("-spike"):
         return config
-    if spikes is None and (trained := trained_spikes(checkpoint)):
-        return trained
+    if spikes is None and checkpoint.trained_spikes:
+        return checkpoint.trained_spikes
     spikes = spikes or Spikes()
     if checkpoint.is_w8aspike and quant != "w8-spike":
         raise ExportError(f"{checkpoint.folder}: a W8ASpike checkpoint has 8-bit weights, which {quant} would lose; "

@@ -16,11 +16,12 @@ import ml_dtypes  # also registers bfloat16 with NumPy, which safetensors needs
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .config import WEIGHT_GROUP, ModelConfig
+from .config import WEIGHT_GROUP, ModelConfig, read_json
 from .errors import CheckpointError
 
 DTYPES = ("F32", "F16", "BF16")
 MAX_LAYERS = 4096
+SPIKES_FILE = "spikes.json"     # in the folder of a checkpoint that was trained to spike, but for W8ASpike ones
 MAX_CODE = 1 << 24      # larger ones are not exact in float32
 # W8ASpike quantizes these; the published forward of down_proj uses its stored float weights.
 SPIKING_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gk_proj", "gate_proj", "up_proj")
@@ -83,6 +84,14 @@ class Checkpoint:
         self.config = config
         self.shapes = expected_tensors(config, quantizer_scales=self.is_w8aspike)
         self._validate()
+
+    @cached_property
+    def trained_spikes(self) -> ModelConfig | None:
+        """The config of this model spiking as a SPIKES_FILE in its folder says it was trained to; None without one."""
+        path = self.folder / SPIKES_FILE
+        if not path.is_file():
+            return None
+        return self.config.as_trained(read_json(path, "how the model was trained to spike"), str(path))
 
     # --- tensors -------------------------------------------------------------------------------
     def names(self) -> list[str]:

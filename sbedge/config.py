@@ -51,6 +51,7 @@ class ModelConfig:
     # order of INPUT_KINDS.
     input_spike_k: tuple[float, ...] = ()
     input_dead_zone: tuple[float, ...] = ()
+    trained_to_spike: bool = False      # so, by k and dead zones; W8ASpike has its own
     half_window: bool = False           # keys and values as float16: chosen when a model is loaded, nothing of its own
 
     @property
@@ -80,7 +81,19 @@ class ModelConfig:
         """The fields as JSON takes them, but for what a loaded model alone has, and for empty ones that came later:
         fingerprints hash this, and stay what they were."""
         return {key: value for key, value in asdict(self).items()
-                if key != "half_window" and (value or key not in INPUT_FIELDS)}
+                if key != "half_window" and (value or key not in LATER_FIELDS)}
+
+    def as_trained(self, trained: Mapping[str, Any], source: str) -> ModelConfig:
+        """This model spiking as it was trained to: `trained` holds spike_k and input_dead_zone.
+
+        CheckpointError for numbers that do not fit the model.
+        """
+        asked = {"spike_k": trained.get("spike_k"), "input_dead_zone": trained.get("input_dead_zone")}
+        spiking = self.from_dict({**self.to_dict(), **asked, "spike_down": True, "trained_to_spike": True},
+                                 source=source)
+        if not spiking.spike_k or not spiking.input_dead_zone:
+            raise CheckpointError(f"{source}: expected spike_k above 0 and input_dead_zone, found {sorted(trained)}")
+        return spiking
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
@@ -116,6 +129,7 @@ class ModelConfig:
             dead_zone=_positive(raw, "dead_zone", 0.0, source, low=0.0),
             input_spike_k=_of_inputs(raw, "input_spike_k", sizes["num_hidden_layers"], source, low=1e-30),
             input_dead_zone=_of_inputs(raw, "input_dead_zone", sizes["num_hidden_layers"], source, low=0.0),
+            trained_to_spike=_flag(raw, "trained_to_spike", source),
             half_window=False,      # no file's business
         )
 
@@ -127,9 +141,9 @@ class ModelConfig:
         return cls.from_dict({k: v for k, v in raw.items() if k not in unpublished}, source=str(path))
 
 
-INPUT_FIELDS = ("input_spike_k", "input_dead_zone")
+LATER_FIELDS = ("input_spike_k", "input_dead_zone", "trained_to_spike")
 PUBLISHED_KEYS = {f.name for f in fields(ModelConfig)} - {"gate_rank", "spike_k", "int8_window", "spike_down",
-                                                         "dead_zone", "half_window", *INPUT_FIELDS}
+                                                         "dead_zone", "half_window", *LATER_FIELDS}
 
 
 def read_json(path: Path, expected: str) -> dict[str, Any]:

@@ -57,6 +57,7 @@ KEYS = {"num_hidden_layers": "block_count", "hidden_size": "embedding_length",
         "int8_window": "attention.int8_window", "rope_theta": "rope.freq_base", "gate_rank": "gate.rank",
         "spike_k": "spike.k", "spike_down": "spike.down", "dead_zone": "spike.dead_zone",
         "input_spike_k": "spike.input_k", "input_dead_zone": "spike.input_dead_zone",
+        "trained_to_spike": "spike.trained",
         "tie_word_embeddings": "tie_word_embeddings",
         "bos_token_id": "bos_token_id", "pad_token_id": "pad_token_id", "eos_token_id": "eos_token_ids"}
 WINDOW_PATTERN = "attention.sliding_window_pattern"     # one boolean a layer, as llama.cpp writes it

@@ -9,9 +9,11 @@ from golden import add_tokenizer
 from tiny import write_tiny_checkpoint
 
 from sbedge.apps import cli
+from sbedge.checkpoint import SPIKES_FILE
 from sbedge.export import export_model
 from sbedge.export.spikes import Spikes
 from sbedge.quant.ggml_library import ggml_available
+from sbedge.runtime.load import open_engine
 from sbedge.runtime.native.library import load_native
 
 
@@ -87,3 +89,48 @@ def test_plots_without_matplotlib_name_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["spikes", "m.gguf", "--text", text, "--plots", str(tmp_path / "plots")]) == 2
     assert "pip install 'sbedge[plots]'" in capsys.readouterr().err and not (tmp_path / "plots").exists()
+
+
+TRAINED = {"spike_k": 8.0, "input_dead_zone": [0.5] * 16}
+
+
+def test_a_checkpoint_that_was_trained_to_spike_is_watched_and_exported_so(
+        tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(checkpoint(tmp_path, False))
+    (folder / SPIKES_FILE).write_text(json.dumps(TRAINED))
+    export_model(folder, tmp_path / "onnx", quant="w8-spike", embedding_quant="f32")
+    silent = []
+    for model in (folder, tmp_path / "onnx"):
+        assert cli.main(["spikes", str(model), "--text", text, "--tokens", "20", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["trained_to_spike"] and found["spike_k"] == 8 and found["input_dead_zone"] == [0.5] * 16
+        silent.append(found["silent_weights"])
+    assert silent[0] == pytest.approx(silent[1], abs=0.01) and silent[0] > 0.2
+    assert cli.main(["spikes", str(folder), "--text", text, "--tokens", "20"]) == 0
+    assert "was trained to spike so" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{"spikes": Spikes(4)}, {"quant": "int8"}])
+def test_a_trained_checkpoint_can_be_exported_otherwise(tmp_path: Path, options: dict) -> None:
+    folder = Path(checkpoint(tmp_path, False))
+    (folder / SPIKES_FILE).write_text(json.dumps(TRAINED))
+    export_model(folder, tmp_path / "onnx", **{"quant": "w8-spike", "embedding_quant": "f32", **options})
+    config = open_engine(tmp_path / "onnx").config
+    assert not config.trained_to_spike and not config.input_dead_zone
+    assert config.spike_k == (4 if "spikes" in options else 0)
+
+
+@pytest.mark.parametrize(("trained", "line"), [
+    ({}, "expected spike_k above 0 and input_dead_zone"),
+    ({"spike_k": 8}, "expected spike_k above 0 and input_dead_zone"),
+    ({"spike_k": 8, "input_dead_zone": [0.5]}, "input_dead_zone must hold 16 numbers"),
+    ({"spike_k": "8", "input_dead_zone": [0.5] * 16}, "spike_k is '8'"),
+    ([], "expected a JSON object"),
+])
+def test_a_damaged_spikes_file_is_one_line(
+        tmp_path: Path, trained: object, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(checkpoint(tmp_path, False))
+    (folder / SPIKES_FILE).write_text(json.dumps(trained))
+    assert cli.main(["export", str(folder), "-o", str(tmp_path / "onnx"), "--quant", "w8-spike"]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1 and not (tmp_path / "onnx").exists()

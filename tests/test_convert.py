@@ -13,10 +13,9 @@ from tiny_llama import write_tiny_llama
 from sbedge.apps import cli
 from sbedge.apps.convert.delta import apply_delta, load_delta
 from sbedge.apps.convert.source import write_window_checkpoint
-from sbedge.checkpoint import Checkpoint
+from sbedge.checkpoint import SPIKES_FILE, Checkpoint
 from sbedge.config import INPUT_KINDS, ModelConfig
 from sbedge.export import export_model
-from sbedge.export.spikes import SPIKES_FILE, spiking_config
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.reference import Reference
 from sbedge.runtime.load import load, open_engine
@@ -95,7 +94,7 @@ def test_the_torch_model_spikes_as_the_reference_does(tmp_path: Path, attn_layer
     checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path, attn_layers=attn_layers))
     layers = checkpoint.config.num_hidden_layers
     zones = np.linspace(0, 0.8, layers * 4).round(3).tolist()
-    spiking = spiking_config(checkpoint.config, {"spike_k": 8.0, "input_dead_zone": zones}, "test")
+    spiking = checkpoint.config.as_trained({"spike_k": 8.0, "input_dead_zone": zones}, "test")
     reference, model = Reference(checkpoint, config=spiking), Hybrid.of(checkpoint, dtype=torch.float32)
     for i, layer in enumerate(model.layers):
         layer.spike = Spiking(8.0, dict(zip(INPUT_KINDS, zones[4 * i:4 * i + 4], strict=True)),
@@ -250,6 +249,7 @@ def test_a_model_trained_to_spike_says_how_and_its_exports_do_so(spiking: Path, 
     export_model(spiking / "out", spiking / "onnx", quant="w8-spike")
     config = open_engine(spiking / "onnx").config
     assert config.spike_k == 8 and config.input_dead_zone == tuple(trained["input_dead_zone"])
+    assert config.trained_to_spike
 
 
 def test_a_model_trained_to_spike_is_folded_and_computes_the_same(spiking: Path, source: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sbedge.apps.commands.perplexity import text_pieces
 from sbedge.apps.options import add_engine, add_model, add_text
 from sbedge.apps.spike_report import FIGURES, PUBLISHED, record, skipped_bytes, summarize, sweep
 from sbedge.apps.text import one_line
+from sbedge.checkpoint import Checkpoint
 from sbedge.config import ModelConfig
 from sbedge.errors import InputError
 from sbedge.export.spikes import Spikes
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         summary = {"model": args.model, "text": str(args.text), "tokens": len(ids),
                    "spike_k": config.spike_k, "dead_zone": config.dead_zone,
                    "input_dead_zone": list(config.input_dead_zone),
-                   "spikes_itself": bool(own.spike_k), "trained_to_spike": own.int8_window,
+                   "spikes_itself": bool(own.spike_k), "trained_to_spike": config.trained_to_spike or own.int8_window,
                    "perplexity": reader.perplexity, **summarize(recording)}
         status.update("counting the bytes the engine reads")
         summary["skipped"] = skipped(args, own, ids)
@@ -90,9 +91,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def config_to_watch(args: argparse.Namespace, own: ModelConfig) -> ModelConfig:
-    """The model's own way to spike, or the one that is asked for where it has none."""
+    """The model's own way to spike, or the one that it was trained for, or that is asked for, where it has none."""
     asked = {"k": args.spike_k, "dead_zone": args.dead_zone}
     given = {name: value for name, value in asked.items() if value is not None}
+    if not own.spike_k and not given and model_kind(args.model, args.engine) == "checkpoint" and (
+            trained := Checkpoint(args.model).trained_spikes):
+        return trained
     if not own.spike_k:
         spikes = Spikes(**given)
         return spiking_config(own, spikes.k, spikes.dead_zone)
@@ -136,7 +140,9 @@ def print_summary(summary: dict[str, Any], config: ModelConfig) -> None:
 def heading(summary: dict[str, Any]) -> list[str]:
     lines = [f"{summary['model']}: {summary['tokens']} tokens of {summary['text']}, k = {summary['spike_k']:g}"
              f"{dead_zones(summary)}"]
-    if not summary["spikes_itself"]:
+    if summary["trained_to_spike"] and not summary["spikes_itself"]:
+        lines.append("it was trained to spike so, and does when exported with --quant w8-spike or w4-spike")
+    elif not summary["spikes_itself"]:
         lines.append("this model does not spike; it is watched as if it did")
     if not summary["trained_to_spike"]:
         lines.append("this checkpoint was not trained to spike")

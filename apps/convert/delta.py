@@ -20,10 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sbedge.apps.files import new_file
-from sbedge.checkpoint import Checkpoint, expected_tensors
+from sbedge.checkpoint import SPIKES_FILE, Checkpoint, expected_tensors
 from sbedge.config import ModelConfig
 from sbedge.errors import CheckpointError
-from sbedge.export.spikes import SPIKES_FILE, spiking_config
 from sbedge.quant.folding import folded
 from sbedge.runtime.tokenizer import Tokenizer
 
@@ -119,7 +118,7 @@ def apply_delta(source: Path, delta: Delta | Path, out: Path, *, progress: Progr
     values: Value = _Applied(checkpoint, delta, config, where)
     extra = dict(extra or {})
     if delta.spikes:
-        spiking_config(config, delta.spikes, where)
+        config.as_trained(delta.spikes, where)
         values = _Folded(values, config)
         extra[SPIKES_FILE] = json.dumps(delta.spikes).encode()
     write_checkpoint(out, raw, values, Tokenizer.from_folder(source), progress, extra)

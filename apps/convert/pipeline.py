@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from sbedge.apps.files import new_file
-from sbedge.checkpoint import Checkpoint
+from sbedge.checkpoint import SPIKES_FILE, Checkpoint
 from sbedge.config import INPUT_KINDS
 from sbedge.errors import InputError, SbedgeError
 from sbedge.export import export_model
 from sbedge.export.calibration import Calibration, Layers, with_dead_zones
-from sbedge.export.spikes import SPIKES_FILE
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.engine import Engine
 from sbedge.runtime.load import open_engine
