@@ -7,7 +7,13 @@ from pathlib import Path
 from sbedge.apps.chat.command import add_chat_options, make_chat, start
 from sbedge.apps.chat.loop import show
 from sbedge.apps.chat.terminal import Terminal
-from sbedge.apps.demo_model import cache_folder, fetch_weights, write_demo_checkpoint, write_hybrid_checkpoint
+from sbedge.apps.demo_model import (
+    HYBRID_VERSION,
+    cache_folder,
+    fetch_weights,
+    write_demo_checkpoint,
+    write_hybrid_checkpoint,
+)
 from sbedge.apps.options import read_prompt, sampling_from
 from sbedge.apps.progress import progress_bar
 from sbedge.errors import InputError
@@ -15,7 +21,7 @@ from sbedge.export import DEFAULT_QUANT, check_quant, export_model
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.load import load
 
-NAME, ALL_WINDOW_NAME = "smollm2-135m-hybrid", "smollm2-135m"
+NAME, ALL_WINDOW_NAME = f"smollm2-135m-hybrid-{HYBRID_VERSION}", "smollm2-135m"
 FORMAT_OF = {"ggml": "gguf", "onnx": "onnx"}
 
 

@@ -49,7 +49,7 @@ def test_the_demo_prepares_once_and_then_starts_at_once(
         replies.append(capsys.readouterr().out)
     assert tiny_demo == ["fetch", "write"] and replies[0] == replies[1]
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
-        "smollm2-135m-hybrid-checkpoint", "smollm2-135m-hybrid-q8_0.gguf"]
+        f"{demo.NAME}-checkpoint", f"{demo.NAME}-q8_0.gguf"]
 
 
 def test_the_demo_runs_on_onnx_when_ggml_is_not_there(
@@ -58,7 +58,7 @@ def test_the_demo_runs_on_onnx_when_ggml_is_not_there(
     monkeypatch.setattr(demo, "ggml_available", lambda: False)
     assert cli.main(["demo", "--dir", str(tmp_path), "-p", "hello", "-n", "5"]) == 0
     assert "pip install 'sbedge[ggml]'" in capsys.readouterr().err
-    assert (tmp_path / "smollm2-135m-hybrid-onnx-int8/model.onnx").is_file()
+    assert (tmp_path / f"{demo.NAME}-onnx-int8/model.onnx").is_file()
 
 
 def test_the_original_stays_available_beside_the_hybrid(tiny_demo: list[str], tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_the_original_stays_available_beside_the_hybrid(tiny_demo: list[str], tm
         assert cli.main(["demo", "--dir", str(tmp_path), "--engine", "onnx", "-p", "hi", "-n", "2", *options]) == 0
     assert tiny_demo == ["fetch", "write", "fetch", "all-window", "write"]
     assert {p.name for p in tmp_path.iterdir()} == {
-        f"smollm2-135m{kind}-{what}" for kind in ("", "-hybrid") for what in ("checkpoint", "onnx-int8")}
+        f"{name}-{what}" for name in (demo.NAME, demo.ALL_WINDOW_NAME) for what in ("checkpoint", "onnx-int8")}
 
 
 @pytest.mark.parametrize("where", ["fetch_weights", "write_hybrid_checkpoint", "export_model"])
@@ -84,7 +84,7 @@ def test_an_interrupted_preparation_leaves_nothing_half_made(
     monkeypatch.setattr(demo, where, interrupt)
     assert cli.main(["demo", "--dir", str(tmp_path), "--engine", "onnx", "-p", "hi"]) == 130
     left = [p.name for p in tmp_path.iterdir()]
-    assert left == (["smollm2-135m-hybrid-checkpoint"] if where == "export_model" else [])
+    assert left == ([f"{demo.NAME}-checkpoint"] if where == "export_model" else [])
     monkeypatch.setattr(demo, where, original)
     assert cli.main(["demo", "--dir", str(tmp_path), "--engine", "onnx", "-p", "hi", "-n", "2"]) == 0
 
