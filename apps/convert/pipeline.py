@@ -30,7 +30,7 @@ from .source import write_window_checkpoint
 from .torch_model import GlaMixer, Hybrid
 
 TRIAL_SHARE, TRANSFER_SHARE = 0.1, 0.1    # of the training tokens: all layers before ranking, the chosen ones after
-TRANSFER_RATE, TUNE_RATE = 1e-3, 7e-4
+TRANSFER_RATE, TUNE_RATE, SPIKE_RATE = 1e-3, 7e-4, 2.5e-4
 RANK_ROWS = 2                               # rows that layers are ranked by
 SPIKE_K = 8.0                               # fine counts: what is silent is decided by dead zones
 
@@ -199,7 +199,7 @@ def _tuned(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndar
     first = delta.lowest if settings.tokens else 0
     left = 1 if delta.rank else 1 - TRIAL_SHARE - TRANSFER_SHARE    # what transfer has not used
     tune = Plan("tune", settings.steps(left * settings.tokens), settings.batch, TUNE_RATE, settings.seed + 2)
-    spike = Plan("spike", settings.steps(settings.spike_tokens), settings.batch, TUNE_RATE, settings.seed + 3)
+    spike = Plan("spike", settings.steps(settings.spike_tokens), settings.batch, SPIKE_RATE, settings.seed + 3)
     steps = max(settings.tokens and tune.steps, 0 if settings.spike is None else spike.steps)
     if not steps:
         return delta

@@ -24,7 +24,7 @@ from .torch_model import GlaMixer, Hybrid, Spiking, Weight
 
 GATE_BIAS = (-6.0, 4.0)     # from channels that forget in 3 tokens to such that remember 900
 RIDGE = 1e-3                # of the mean feature energy
-SPIKING = 0.75              # of a batch's rows spike
+SPIKING = 0.5               # of a batch's rows spike
 KNOWN = 64                  # likeliest tokens kept of the source's prediction
 
 # ---- initialise -----------------------------------------------------------------------------------------
