@@ -15,12 +15,14 @@ class Calibrated(Checkpoint):
     """`source` with linears on a grid, kept in files of `work`, and with other small tensors (`replaced`, float32).
 
     exported   the config of the model that is written: how each input spikes
+    quants     of linears that are stored otherwise than the export at large: the quant of each
     """
 
     def __init__(self, source: Checkpoint, exported: ModelConfig, work: Path):
         super().__init__(source.folder)
         self.exported, self.work = exported, work
         self.replaced: Mapping[str, np.ndarray] = {}
+        self.quants: Mapping[str, str] = {}
         self.groups: dict[str, int] = {}
         assert self.fingerprint == source.fingerprint       # taken now, from the tensors as they were
 
@@ -45,3 +47,8 @@ class Calibrated(Checkpoint):
 
     def _file(self, name: str, part: str) -> Path:
         return self.work / f"{name}.{part}.npy"
+
+
+def quant_of(checkpoint: Checkpoint, name: str, quant: str) -> str:
+    """What an export in `quant` stores this tensor in."""
+    return checkpoint.quants.get(name, quant) if isinstance(checkpoint, Calibrated) else quant

@@ -18,7 +18,7 @@ from sbedge.apps.spike_report import FIGURES, PUBLISHED, record, skipped_bytes, 
 from sbedge.apps.text import one_line
 from sbedge.config import ModelConfig
 from sbedge.errors import InputError
-from sbedge.export.spikes import Spikes
+from sbedge.export.spikes import DEFAULT_K, Spikes
 from sbedge.quant.spike_stats import FP16_MAC, INT8_ADD, INT8_MAC, SMALL, WINDOW
 from sbedge.runtime.load import ids_only, model_kind, open_tokenizer
 from sbedge.runtime.model_weights import open_weights
@@ -95,7 +95,7 @@ def config_to_watch(args: argparse.Namespace, own: ModelConfig) -> ModelConfig:
     given = {name: value for name, value in asked.items() if value is not None}
     if not own.spike_k:
         spikes = Spikes(**given)
-        return spiking_config(own, spikes.k, spikes.dead_zone)
+        return spiking_config(own, spikes.k or DEFAULT_K, spikes.dead_zone or 0.0)
     if given:
         raise InputError(f"{args.model}: spikes already, at k = {own.spike_k:g} with dead zone {own.dead_zone:g}; "
                          "leave --spike-k and --dead-zone out")
