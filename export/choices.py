@@ -13,7 +13,7 @@ import numpy as np
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import INPUT_KINDS
 from sbedge.errors import ExportError
-from sbedge.quant.budget import cheapest
+from sbedge.quant.budget import cheapest, sum_of
 from sbedge.quant.gptq import FINER, GRIDS
 from sbedge.quant.sparsity import SHARES
 
@@ -96,6 +96,8 @@ class Table:
         self.quants = [quant, FINER[quant]] if open_formats else [quant]
         self.shares = np.zeros(1) if limits.skip is None and limits.read is None else SHARES
         linears = [linears_of(i, kind) for i in range(result.config.num_hidden_layers) for kind in INPUT_KINDS]
+        self.open = {name for names in linears for name in names        # not: sizes that 4 bits cannot hold
+                     if len({grid_of(result, name, quant) for quant in self.quants}) > 1}
         split = np.array([[np.sum([grid_bytes(result.shapes[n], grid_of(result, n, stored)) for n in names], axis=0)
                            for stored in self.quants] for names in linears])            # [inputs, formats, 2]
         weights = np.array([sum(prod(result.shapes[name]) for name in names) for names in linears], float)
@@ -146,15 +148,18 @@ class Table:
             losses += np.array([input.silence.losses for input in inputs])[:, None]
         if self.budget is None:
             return self.apply(inputs, self.cheapest(losses))
-        best, fullest = None, -1
+        file = self.sizes["file"].reshape(len(inputs), -1)
+        best, least_loss = None, np.inf
         for _ in range(ROUNDS):     # what a choice adds to the file is known but for padding and a few bytes of header
             choice = self.cheapest(losses)
             self.apply(inputs, choice)
-            found = self.size(self.result)
-            if fullest < found <= self.budget:
-                best, fullest = choice, found
-            self.limits["file"] += self.budget - found
-        assert best is not None
+            found, loss = self.size(self.result), sum_of(losses.reshape(file.shape), choice)
+            if found <= self.budget and loss < least_loss:
+                best, least_loss = choice, loss
+            self.limits["file"] = max(sum_of(file, choice) + self.budget - found, file[:, 0].sum())
+        if best is None:            # all in 4 bits: the budget has been seen to hold that
+            self.limits["file"] = file[:, 0].sum()
+            best = self.cheapest(losses)
         self.apply(inputs, best)
 
     def cheapest(self, losses: np.ndarray) -> np.ndarray:
@@ -167,13 +172,8 @@ class Table:
         if self.level is not None:
             zones = tuple(float(np.float32(input.silence.zones[s])) for input, s in zip(inputs, silent, strict=True))
             self.result.exported = replace(self.result.exported, dead_zone=0.0, input_dead_zone=zones)
-        self.result.quants = {}
         self.result.quants = {name: self.quants[f] for input, f in zip(inputs, formats, strict=True) if f
-                              for name in input.linears if self.differs(name)}
-
-    def differs(self, name: str) -> bool:
-        """Whether the formats to choose from store this linear differently."""
-        return len({grid_of(self.result, name, quant) for quant in self.quants}) > 1
+                              for name in input.linears if name in self.open}
 
 
 def summary_of(result: Calibrated, quant: str) -> dict[str, Any]:
