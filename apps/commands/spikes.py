@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sbedge.apps.commands.inspect import dead_zones, size
+from sbedge.apps.commands.inspect import size, spiking_as
 from sbedge.apps.commands.perplexity import text_pieces
 from sbedge.apps.options import add_engine, add_model, add_text
 from sbedge.apps.spike_report import FIGURES, PUBLISHED, record, skipped_bytes, summarize, sweep
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         recording, reader = record(weights, config, ids, args.model)
         summary = {"model": args.model, "text": str(args.text), "tokens": len(ids),
                    "spike_k": config.spike_k, "dead_zone": config.dead_zone,
-                   "input_dead_zone": list(config.input_dead_zone),
+                   "input_spike_k": list(config.input_spike_k), "input_dead_zone": list(config.input_dead_zone),
                    "spikes_itself": bool(own.spike_k), "trained_to_spike": own.int8_window,
                    "perplexity": reader.perplexity, **summarize(recording)}
         status.update("counting the bytes the engine reads")
@@ -134,8 +134,8 @@ def print_summary(summary: dict[str, Any], config: ModelConfig) -> None:
 
 
 def heading(summary: dict[str, Any]) -> list[str]:
-    lines = [f"{summary['model']}: {summary['tokens']} tokens of {summary['text']}, k = {summary['spike_k']:g}"
-             f"{dead_zones(summary)}"]
+    lines = [f"{summary['model']}: {summary['tokens']} tokens of {summary['text']}, "
+             f"{spiking_as(summary)}"]
     if not summary["spikes_itself"]:
         lines.append("this model does not spike; it is watched as if it did")
     if not summary["trained_to_spike"]:
