@@ -1,6 +1,7 @@
 """A checkpoint as calibration leaves it: what the writers of both formats read instead of the checkpoint itself."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,10 @@ class Calibrated(Checkpoint):
         for part in ("levels", "scales", "zeros"):
             np.save(self._file(name, part), getattr(levels, part))
         self.groups[name] = levels.group
+
+    def finer(self) -> str:
+        """How many linears are stored otherwise than the export at large, in words; nothing if none is."""
+        return ", ".join(f"{count} linears {quant}" for quant, count in Counter(self.quants.values()).items())
 
     def levels(self, name: str, start: int = 0, stop: int | None = None) -> Levels | None:
         """Outputs [start, stop) of a calibrated linear; None for any other tensor."""

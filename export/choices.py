@@ -20,7 +20,7 @@ from sbedge.quant.sparsity import SHARES
 from .activations import Layers
 from .calibrated import Calibrated, quant_of
 from .grids import bytes_beside, grid_bytes, grid_of, linears_of
-from .probes import Input, Progress, measured
+from .probes import KS, Input, Progress, measured
 from .spikes import Spikes
 
 DEAD_ZONE = 1 / 16          # where none is chosen: 6 % of a usual input are silent and are hardly missed
@@ -77,10 +77,14 @@ def choose(result: Calibrated, layers: Layers, quant: str, ids: np.ndarray, spik
     spiking = quant.endswith("-spike")
     if not spiking and limits.budget is None:
         return
+    fixed = spikes.k if spikes else None
+    if spiking:     # as finely as may be, until it is known: no choice takes more bytes to state
+        finest = (fixed or KS[-1],) * result.config.num_hidden_layers * len(INPUT_KINDS)
+        result.exported = replace(result.exported, input_spike_k=finest, spike_k=finest[0])
     table = Table(result, quant, limits, embedding_quant, size)
     inputs = measured(result, layers, quant, ids, progress, level=table.level, rounding=len(table.quants) > 1)
     if spiking:
-        k = tuple(spikes.k if spikes and spikes.k else input.k for input in inputs)
+        k = tuple(fixed or input.k for input in inputs)
         zone = DEAD_ZONE if spikes is None or spikes.dead_zone is None else spikes.dead_zone
         result.exported = replace(result.exported, spike_k=max(k), input_spike_k=k, dead_zone=zone)
     table.settle(inputs)
@@ -101,7 +105,6 @@ class Table:
         split = np.array([[np.sum([grid_bytes(result.shapes[n], grid_of(result, n, stored)) for n in names], axis=0)
                            for stored in self.quants] for names in linears])            # [inputs, formats, 2]
         weights = np.array([sum(prod(result.shapes[name]) for name in names) for names in linears], float)
-        self.codes = split[..., 0].sum(axis=0)          # of all inputs, by format
         live = 1 - self.shares
         self.sizes: dict[str, np.ndarray] = {}          # each [inputs, formats, shares]
         self.limits: dict[str, float] = {}
@@ -119,18 +122,18 @@ class Table:
             raise ExportError(f"{quant} reads {int(limits.read + short + 1):,} bytes a token at the most silence there "
                               f"is, found a limit of {limits.read:,}; allow more, or choose fewer bits for lm_head "
                               "(--embedding-quant)")
-        self.level = None
-        if len(self.shares) > 1:
-            wanted = limits.skip if limits.skip is not None else 1 - self.limits["read"] / self.codes[0]
-            self.level = int(np.searchsorted(SHARES, np.clip(wanted, *TRIED) if limits.skip is None else wanted))
+        self.level: int | None = None       # of SHARES, how much silence is tried
+        if limits.skip is not None:
+            self.level = int(np.searchsorted(SHARES, limits.skip))
+        elif limits.read is not None:
+            unread = 1 - self.limits["read"] / split[:, 0, 0].sum()
+            self.level = int(np.searchsorted(SHARES, np.clip(unread, *TRIED)))
 
     def bytes_beside_linears(self, quant: str, budget: int) -> int:
         """What the smallest export has beside its linears. ExportError if it is beyond the budget."""
-        inputs = self.result.config.num_hidden_layers * len(INPUT_KINDS)
         exported = self.result.exported
-        if exported.spike_k:        # no choice states them in more bytes
-            longest = (LONGEST,) * inputs
-            self.result.exported = replace(exported, input_spike_k=longest, input_dead_zone=longest)
+        if exported.spike_k:
+            self.result.exported = replace(exported, input_dead_zone=(LONGEST,) * len(exported.input_spike_k))
         smallest = self.size(self.result)
         self.result.exported = exported
         if smallest > budget:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -85,9 +85,8 @@ def recipe_of(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> str:
     """What the file says of how it was made."""
     if not isinstance(checkpoint, Calibrated):
         return f"{quant}, embeddings {embedding_quant}"
-    counts = Counter(checkpoint.quants.values())
-    others = "".join(f", {count} linears {other}" for other, count in counts.items())
-    return f"{quant}{others}, embeddings {embedding_quant}, calibrated"
+    parts = [quant, checkpoint.finer(), f"embeddings {embedding_quant}", "calibrated"]
+    return ", ".join(filter(None, parts))
 
 
 def aligned(size: int) -> int:

@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +104,8 @@ def write_sidecars(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None
     quantization: dict[str, Any] = {"linear": recipe.linear, "embedding": recipe.embedding}
     if isinstance(checkpoint, Calibrated):
         quantization["calibrated"] = True
-        if checkpoint.quants:
-            quantization["linears"] = Counter(checkpoint.quants.values())       # stored otherwise than `linear` says
+        if finer := checkpoint.finer():
+            quantization["finer"] = finer
     block: dict[str, Any] = {
         "config": recipe.config.to_dict(), "source": checkpoint.fingerprint, "exporter": __version__,
         "quantization": quantization, "spike_k": recipe.config.spike_k}
