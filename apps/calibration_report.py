@@ -71,6 +71,18 @@ def perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
     return float(np.exp(np.mean([nats(rows[:-1], sample[1:]) for rows, sample in zip(logits, ids, strict=True)])))
 
 
+def chosen_text(chosen: dict[str, Any]) -> str:
+    """What calibration chose, in a line."""
+    def span(values: list[float]) -> str:
+        low, high = (f"{value:.3g}" for value in values)
+        return low if low == high else f"{low} to {high}"
+
+    parts = [f"linears of {' and '.join(f'{count} inputs in {quant}' for quant, count in chosen['inputs'].items())}"]
+    if "k" in chosen:
+        parts += [f"k {span(chosen['k'])}", f"dead zones {span(chosen['dead_zone'])}"]
+    return "chosen: " + ", ".join(parts)
+
+
 def print_comparison(table: dict[str, Any]) -> None:
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     shown.add_column(f"{table['tokens']} tokens held out")

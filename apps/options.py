@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def decode(data: bytes, source: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{source}: not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def read_size(text: str | None, option: str) -> int | None:
+    """Bytes: a whole number, or with a unit (100MB, 4.5GB; decimal)."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    size = round(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if not 0 < size < 1 << 62:
+        raise InputError(f"{option} {text!r}: expected a size such as 100MB, 4.5GB or a number of bytes")
+    return size
 
 
 def read_text(file: Path) -> str:

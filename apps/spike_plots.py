@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sbedge.apps.commands.inspect import dead_zones
+from sbedge.apps.commands.inspect import spiking_as
 from sbedge.apps.spike_report import MAP_SKIPPED, MAP_TOKENS, Recording
 from sbedge.errors import SbedgeError
 from sbedge.quant.spike_stats import SMALL
@@ -78,7 +78,7 @@ def new_figure() -> Iterator[Figure]:
 def subtitle(summary: dict[str, Any]) -> str:
     model = Path(summary["model"]).name
     trained = "" if summary["trained_to_spike"] else ", not trained to spike"
-    return f"{model}, k = {summary['spike_k']:g}{dead_zones(summary)}, {summary['tokens']} tokens{trained}"
+    return f"{model}, {spiking_as(summary)}, {summary['tokens']} tokens{trained}"
 
 
 # --- the pictures ------------------------------------------------------------------------------------

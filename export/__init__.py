@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import ExportError
 from sbedge.runtime.load import open_tokenizer
-from sbedge.runtime.tokenizer import Tokenizer
 
 from .calibration import Calibration, calibrated
+from .choices import summary_of
 from .spikes import Spikes
 
 Progress = Callable[[int, int, str], None]      # (bytes done, bytes in total, tensor name)
@@ -24,14 +26,15 @@ LOSSLESS_SPIKING = {"gguf": "w8-spike", "onnx": "int8"}     # a W8ASpike checkpo
 def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format: str | None = None,
                  quant: str | None = None, embedding_quant: str | None = None, spikes: Spikes | None = None,
                  calibration: Calibration | None = None, force: bool = False,
-                 progress: Progress | None = None) -> None:
+                 progress: Progress | None = None) -> dict[str, Any] | None:
     """Export `checkpoint` to `out`: a .gguf file, or for ONNX a folder. Tokenizer and chat template go along.
+    Returns what a calibration chose (see choices.summary_of).
 
     format            "gguf" or "onnx"; None: by the suffix of `out`
     quant             one of QUANTS[format]; None: 8 bit, lossless for a W8ASpike checkpoint
     embedding_quant   the same for embeddings and lm_head; None: 8 bit, or as exact as `quant` where that is lossless
     spikes            how activations spike, for quants "w8-spike" and "w4-spike"; None: k = 3 and no dead zone
-    calibration       a text to round the weights by, and a share of them to silence; None: to the nearest
+    calibration       a text to round the weights by, and limits to choose within; None: to the nearest
     force             replace an existing `out`
 
     `out` appears whole or not at all. Raises CheckpointError, TokenizerError (damaged, or not of this model)
@@ -46,29 +49,35 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
     quant = quant or default_quant(checkpoint, format)
     check_quant(format, quant)
     check_output(checkpoint, out, force)
-    tokenizer = open_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     if calibration:
-        try:
-            with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.calibration.") as work:
-                made = calibrated(checkpoint, quant, calibration, spikes, Path(work), progress)
-                return _write(made, out, format, quant, embedding_quant, spikes, tokenizer, force, progress)
-        except OSError as error:
-            raise ExportError(f"{out}: cannot be written ({error.strerror or error}); "
-                              "nothing was left behind") from None
-    _write(checkpoint, out, format, quant, embedding_quant, spikes, tokenizer, force, progress)
+        embedding_quant = embedding_quant or DEFAULT_QUANT[format]
+    write = _writer(checkpoint, out, format, quant, embedding_quant, spikes, force, progress)
+    if not calibration:
+        write(checkpoint)
+        return None
+    assert embedding_quant is not None
+    try:
+        with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.calibration.") as work:
+            made = calibrated(checkpoint, quant, calibration, spikes, Path(work), embedding_quant,
+                              partial(write, dry=True, progress=None), progress)
+            write(made)
+            return summary_of(made, quant)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from None
 
 
-def _write(checkpoint: Checkpoint, out: Path, format: str, quant: str, embedding_quant: str | None,
-           spikes: Spikes | None, tokenizer: Tokenizer | None, force: bool, progress: Progress | None) -> None:
-    if format == "gguf":
-        from .gguf.writer import write_gguf
-        metadata = tokenizer.to_gguf_metadata(checkpoint.config.vocab_size) if tokenizer else None
-        write_gguf(checkpoint, out, quant=quant, embedding_quant=embedding_quant, spikes=spikes,
-                   tokenizer_metadata=metadata, force=force, progress=progress)
-    else:
+def _writer(checkpoint: Checkpoint, out: Path, format: str, quant: str, embedding_quant: str | None,
+            spikes: Spikes | None, force: bool, progress: Progress | None) -> Callable[..., int]:
+    """What writes a checkpoint, this one or what calibration makes of it, to `out`, and tells the bytes."""
+    tokenizer = open_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+    if format == "onnx":
         from .onnx import write_onnx
-        write_onnx(checkpoint, out, quant=quant, embedding_quant=embedding_quant, spikes=spikes, force=force,
-                   progress=progress)
+        return partial(write_onnx, folder=out, quant=quant, embedding_quant=embedding_quant, spikes=spikes, force=force,
+                       progress=progress)
+    from .gguf.writer import write_gguf
+    metadata = tokenizer.to_gguf_metadata(checkpoint.config.vocab_size) if tokenizer else None
+    return partial(write_gguf, path=out, quant=quant, embedding_quant=embedding_quant, spikes=spikes,
+                   tokenizer_metadata=metadata, force=force, progress=progress)
 
 
 def format_of(out: Path) -> str:

@@ -7,12 +7,15 @@ A layer has four stages, one for each kind of input (INPUT_KINDS), and each samp
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from sbedge.checkpoint import Checkpoint
 from sbedge.config import GATE_DIVISOR, INPUT_KINDS, KIND_OF, ModelConfig
+from sbedge.quant.folding import POWER, folded
 from sbedge.reference import Reference, log_sigmoid, relu, rms_norm, rope_angles, rotate, softmax
 
 
@@ -86,6 +89,26 @@ class Samples(Reference):
             S = decay[:, t, :, :, None] * S + k[:, t, :, :, None] * v[:, t, :, None]
             o[:, t] = q[:, t] @ S
         return rms_norm(o, self.weights[attn + "g_norm.weight"], c.norm_eps).reshape(x.shape)
+
+
+class Layers:
+    """The folded weights of a checkpoint (as they are, if it was trained to spike), a layer at a time, by full name."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.power = 0.0 if checkpoint.trained_spikes else POWER
+        self.bytes = 4 * sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if ".layers.0." in name)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        prefix = f"model.layers.{i}."
+        names = [name for name in self.checkpoint.names() if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
+        self.checkpoint.release()
+        return {prefix + name: weight for name, weight in folded(weights, self.power).items()}
+
+    def rest(self) -> dict[str, np.ndarray]:
+        return {name: self.checkpoint.tensor(name) for name in self.checkpoint.names() if ".layers." not in name}
 
 
 def path(projection: str) -> str:

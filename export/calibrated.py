@@ -1,6 +1,7 @@
 """A checkpoint as calibration leaves it: what the writers of both formats read instead of the checkpoint itself."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,12 +16,14 @@ class Calibrated(Checkpoint):
     """`source` with linears on a grid, kept in files of `work`, and with other small tensors (`replaced`, float32).
 
     exported   the config of the model that is written: how each input spikes
+    quants     of linears that are stored otherwise than the export at large: the quant of each
     """
 
     def __init__(self, source: Checkpoint, exported: ModelConfig, work: Path):
         super().__init__(source.folder)
         self.exported, self.work = exported, work
         self.replaced: Mapping[str, np.ndarray] = {}
+        self.quants: Mapping[str, str] = {}
         self.groups: dict[str, int] = {}
         assert self.fingerprint == source.fingerprint       # taken now, from the tensors as they were
 
@@ -29,6 +32,10 @@ class Calibrated(Checkpoint):
         for part in ("levels", "scales", "zeros"):
             np.save(self._file(name, part), getattr(levels, part))
         self.groups[name] = levels.group
+
+    def finer(self) -> str:
+        """How many linears are stored otherwise than the export at large, in words; nothing if none is."""
+        return ", ".join(f"{count} linears {quant}" for quant, count in Counter(self.quants.values()).items())
 
     def levels(self, name: str, start: int = 0, stop: int | None = None) -> Levels | None:
         """Outputs [start, stop) of a calibrated linear; None for any other tensor."""
@@ -45,3 +52,8 @@ class Calibrated(Checkpoint):
 
     def _file(self, name: str, part: str) -> Path:
         return self.work / f"{name}.{part}.npy"
+
+
+def quant_of(checkpoint: Checkpoint, name: str, quant: str) -> str:
+    """What an export in `quant` stores this tensor in."""
+    return checkpoint.quants.get(name, quant) if isinstance(checkpoint, Calibrated) else quant

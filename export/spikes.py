@@ -17,20 +17,22 @@ from .calibrated import Calibrated
 # Of a checkpoint that was not trained to spike: every large linear. The low-rank gate stays float32, for it decides
 # how long the model remembers.
 EVENT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DEFAULT_K = 3.0         # as W8ASpike was trained to
 W4_GROUP = 64           # inputs that share a scale and a zero point: 4.375 bits a weight, fewer than Q4_0
 
 
 @dataclass(frozen=True)
 class Spikes:
-    """How activations spike: threshold = mean|x| / k; channels with |x| < dead_zone * mean|x| are silent."""
+    """How activations spike: threshold = mean|x| / k; channels with |x| < dead_zone * mean|x| are silent.
+    None: k = 3 and no dead zone, or what calibration chooses for each input."""
 
-    k: float = 3.0
-    dead_zone: float = 0.0
+    k: float | None = None
+    dead_zone: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.1 <= self.k <= 1000:
+        if self.k is not None and not 0.1 <= self.k <= 1000:
             raise ExportError(f"spike k is {self.k:g}, expected 0.1 to 1000")
-        if not 0 <= self.dead_zone <= 100:
+        if self.dead_zone is not None and not 0 <= self.dead_zone <= 100:
             raise ExportError(f"dead zone is {self.dead_zone:g}, expected 0 to 100 (times the mean of |x|)")
 
 
@@ -46,15 +48,16 @@ def exported_config(checkpoint: Checkpoint, quant: str, spikes: Spikes | None) -
     if spikes is None and checkpoint.trained_spikes:
         return checkpoint.trained_spikes
     spikes = spikes or Spikes()
+    k, dead_zone = spikes.k or DEFAULT_K, spikes.dead_zone or 0.0
     if checkpoint.is_w8aspike and quant != "w8-spike":
         raise ExportError(f"{checkpoint.folder}: a W8ASpike checkpoint has 8-bit weights, which {quant} would lose; "
                           "use w8-spike, which is exact")
     if checkpoint.is_w8aspike:
-        if spikes.k != config.spike_k:
+        if k != config.spike_k:
             raise ExportError(f"{checkpoint.folder}: W8ASpike was trained with spike k {config.spike_k:g}, "
-                              f"found {spikes.k:g}; leave the option out")
-        return replace(config, dead_zone=spikes.dead_zone)
-    return replace(config, spike_k=spikes.k, spike_down=True, dead_zone=spikes.dead_zone)
+                              f"found {k:g}; leave the option out")
+        return replace(config, dead_zone=dead_zone)
+    return replace(config, spike_k=k, spike_down=True, dead_zone=dead_zone)
 
 
 def event_layout(checkpoint: Checkpoint, name: str, quant: str) -> str | None:

@@ -33,6 +33,10 @@ class Grid(NamedTuple):
     middle: int | None      # the zero point of all groups; None: each has its own, from `least` to `most`
     half: bool              # scales are float16
 
+    @property
+    def bits(self) -> int:
+        return self.most.bit_length()
+
 
 class Levels(NamedTuple):
     """A weight on a grid."""
@@ -57,6 +61,7 @@ INT8_ZERO = 128                                 # the level of code 0 where code
 GRIDS = {"w8-spike": Grid(1, 255, 128, INT8_ZERO, False), "w4-spike": Grid(0, 15, 64, None, True),
          "q8_0": Grid(1, 255, 32, INT8_ZERO, True), "q4_0": Grid(0, 15, 32, 8, True),
          "int8": Grid(0, 255, 32, None, False), "int4": Grid(0, 15, 32, None, False)}
+FINER = {"w4-spike": "w8-spike", "q4_0": "q8_0", "int4": "int8"}        # 4 bits -> the 8 that files mix with them
 
 
 def calibrate(weight: np.ndarray, moments: np.ndarray, grid: Grid) -> Levels:

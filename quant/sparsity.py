@@ -1,4 +1,4 @@
-"""Where silence costs least: how the share of weights that shall not be read is shared out over all inputs."""
+"""What the silence of an input costs its outputs."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -25,22 +25,3 @@ def silence(x: np.ndarray, column_norms: np.ndarray) -> Silence:
     zones = np.where(at > 0, ratio[order[at]], 0.0)
     return Silence(zones, np.concatenate([[0.0], np.cumsum(lost[order])])[at])
 
-
-def shared_out(losses: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
-    """For each input an index into SHARES, so that `share` of all weights is silent at the least sum of losses.
-
-    losses [inputs, len(SHARES)], rising; weights [inputs]: how many weights read each. One price for a weight is found
-    at which every input, on its own, chooses: no other choice with as much silence costs less.
-    """
-    gain = weights[:, None] * SHARES
-    low, high = 0.0, 1.0
-    def chosen(price: float) -> np.ndarray:
-        return (losses - price * gain).argmin(axis=1)
-    def silent(choice: np.ndarray) -> float:
-        return float(gain[np.arange(len(choice)), choice].sum() / weights.sum())
-    while silent(chosen(high)) < share and high < 1e30:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (low, middle) if silent(chosen(middle)) >= share else (middle, high)
-    return chosen(high)

@@ -16,8 +16,8 @@ from sbedge.checkpoint import Checkpoint
 from sbedge.config import INPUT_KINDS
 from sbedge.errors import ExportError
 from sbedge.export import export_model
-from sbedge.export.activations import Samples
-from sbedge.export.calibration import Calibration, Layers, exact_logits, split_text
+from sbedge.export.activations import Layers, Samples
+from sbedge.export.calibration import Calibration, Limits, exact_logits, split_text
 from sbedge.export.spikes import Spikes
 from sbedge.reference import Reference
 from sbedge.runtime.load import open_engine
@@ -78,14 +78,14 @@ def test_a_calibrated_export_computes_what_the_reference_does_with_what_it_state
     model = tmp_path / out_name(format)
     spiking = quant.endswith("-spike")
     export_model(folder, model, format=format, quant=quant, embedding_quant="f32",
-                 calibration=Calibration(IDS, 0.4 if spiking else None))
+                 calibration=Calibration(IDS, Limits(skip=0.4 if spiking else None)))
     engine, expected = opened(folder, model)
     if not spiking:     # the engines round activations to 8 bit beside such weights
         ids = IDS[0]
         assert np.abs(run(engine, ids)[0] - run(expected, ids)[0]).max() < 0.15
         return
     layers = engine.config.num_hidden_layers
-    assert len(engine.config.input_dead_zone) == layers * len(INPUT_KINDS) and engine.config.spike_k == 8
+    assert len(engine.config.input_dead_zone) == len(engine.config.input_spike_k) == layers * len(INPUT_KINDS)
     assert len(set(engine.config.input_dead_zone)) > 4
     assert_same_spiking(expected, engine)
     assert_same_spiking(expected, engine, [1] * 16)
@@ -118,7 +118,7 @@ def test_the_same_text_gives_the_same_file(format, folder, tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         export_model(folder, tmp_path / name / out_name(format), format=format, quant="w4-spike",
-                     calibration=Calibration(IDS, 0.3))
+                     calibration=Calibration(IDS, Limits(skip=0.3)))
         written = tmp_path / name / out_name(format)
         files.append([f.read_bytes() for f in sorted(written.rglob("*") if written.is_dir() else [written])])
         assert [p.name for p in (tmp_path / name).iterdir()] == [written.name]      # nothing is left beside it
@@ -157,7 +157,7 @@ def test_calibration_brings_predictions_closer_than_rounding(quant, folder, tmp_
     ("w8-spike", 0.95, "share to skip is 0.95, expected more than 0 and up to 0.9")])
 def test_what_cannot_be_calibrated_is_refused(quant, skip, match, folder, tmp_path):
     with pytest.raises(ExportError, match=match) as error:
-        export_model(folder, tmp_path / "m.gguf", quant=quant, calibration=Calibration(IDS, skip))
+        export_model(folder, tmp_path / "m.gguf", quant=quant, calibration=Calibration(IDS, Limits(skip=skip)))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -186,7 +186,7 @@ def test_the_command_refuses_in_one_line(options, match, folder, tmp_path, monke
 
 
 def test_inspect_tells_that_an_export_is_calibrated(folder, tmp_path, capsys):
-    export_model(folder, tmp_path / "m.gguf", quant="w4-spike", calibration=Calibration(IDS, 0.3))
+    export_model(folder, tmp_path / "m.gguf", quant="w4-spike", calibration=Calibration(IDS, Limits(skip=0.3)))
     assert main(["inspect", str(tmp_path / "m.gguf"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert "calibrated" in json.dumps(shown["source"]) and len(shown["config"]["input_dead_zone"]) == 8

@@ -10,7 +10,7 @@ from sbedge.quant.blocks import blocks_of, dequantize_blocks
 from sbedge.quant.event_layout import dequantize_w4, quantize_w4
 from sbedge.quant.ggml_blocks import GGML_GRIDS, block_rows
 from sbedge.quant.gptq import CLIPS, GRIDS, calibrate, output_error, rounded
-from sbedge.quant.sparsity import SHARES, shared_out, silence
+from sbedge.quant.sparsity import SHARES, silence
 
 
 def example(seed, inputs, outputs, dead=0, samples=200):
@@ -107,16 +107,3 @@ def test_a_dead_zone_silences_the_share_it_stands_for():
     for share, zone in zip(SHARES, found.zones, strict=True):
         assert abs((np.abs(x) < zone * mean).mean() - share) < 0.01
     assert found.losses[0] == 0 and (np.diff(found.losses) >= 0).all()
-
-
-@given(seed=st.integers(0, 1000), share=st.floats(0.05, 0.8))
-@settings(max_examples=30, deadline=None)
-def test_silence_is_shared_out_where_it_costs_least(seed, share):
-    rng = np.random.default_rng(seed)
-    costs, weights = rng.uniform(0.1, 10, 12), rng.integers(1, 9, 12).astype(float)
-    losses = costs[:, None] * SHARES ** 3
-    choice = shared_out(losses, weights, share)
-    got = (SHARES[choice] * weights).sum() / weights.sum()
-    assert share <= got < share + 0.1
-    even = np.full(12, np.searchsorted(SHARES, share))
-    assert losses[np.arange(12), choice].sum() <= losses[np.arange(12), even].sum() * 1.5

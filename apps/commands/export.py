@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from sbedge.apps.calibration_report import before_and_after, print_comparison
+from sbedge.apps.calibration_report import before_and_after, chosen_text, print_comparison
 from sbedge.apps.commands.inspect import read_contents, residual_of, residual_text
 from sbedge.apps.files import size_of
-from sbedge.apps.options import read_text
+from sbedge.apps.options import read_size, read_text
 from sbedge.apps.progress import progress_bar
 from sbedge.checkpoint import Checkpoint
 from sbedge.errors import EngineUnavailable, InputError
-from sbedge.export import QUANTS, default_quant, export_model, format_of
+from sbedge.export import QUANTS, check_quant, default_quant, export_model, format_of
 from sbedge.export.calibration import Calibration, split_text
+from sbedge.export.choices import Limits
 from sbedge.export.report import Report, compare, sample_ids
 from sbedge.export.spikes import Spikes
 from sbedge.reference import Reference
@@ -52,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", type=float, metavar="SHARE",
                         help="with --calibrate and a spiking quant: silence this share of the weights (0.4: 40 %%), "
                              "where it costs least")
+    parser.add_argument("--budget", metavar="SIZE",
+                        help="with --calibrate and a 4-bit quant: keep linears in 8 bit where 4 cost most, as many as "
+                             "there is room for in a file (or folder) of SIZE, such as 100MB")
+    parser.add_argument("--read", metavar="SIZE",
+                        help="with --calibrate and a spiking quant: choose silence (in w4-spike also what is kept in 8 "
+                             "bit) so that decoding a token reads SIZE of weights")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=None,
                         help="compare with float32 (default: if the checkpoint is under 2 GB)")
@@ -64,12 +71,12 @@ def run(args: argparse.Namespace) -> None:
     quant = args.quant or default_quant(checkpoint, format)
     asked = {"k": args.spike_k, "dead_zone": args.dead_zone}
     spikes = Spikes(**{k: v for k, v in asked.items() if v is not None}) if set(asked.values()) != {None} else None
-    calibration, held_out = calibration_of(args, checkpoint)
+    calibration, held_out = calibration_of(args, checkpoint, format, quant)
     start = time.perf_counter()
     options = {"format": format, "quant": quant, "embedding_quant": args.embedding_quant, "spikes": spikes}
     with progress_bar() as bar:
-        export_model(checkpoint, args.output, **options, calibration=calibration, force=args.force,
-                     progress=lambda done, total, name: bar(name, done, total))
+        chosen = export_model(checkpoint, args.output, **options, calibration=calibration, force=args.force,
+                              progress=lambda done, total, name: bar(name, done, total))
     seconds = time.perf_counter() - start
     small = checkpoint_bytes(checkpoint) < SMALL_CHECKPOINT
     wanted = small if args.report is None else args.report
@@ -77,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     table = before_and_after(checkpoint, args.output, options, held_out) if wanted and held_out is not None else None
     summary = {"output": str(args.output), "format": format, "quant": quant, "bytes": size_of(args.output),
                "seconds": round(seconds, 3), "fingerprint": checkpoint.fingerprint,
-               "report": report.to_dict() if report else None, "calibration": table,
+               "report": report.to_dict() if report else None, "calibration": table, "chosen": chosen,
                "residual": residual_of(read_contents(args.output)) if checkpoint.is_w8aspike else None,
                "spiking": quant.endswith("-spike") or bool(checkpoint.config.spike_k)}
     if args.json:
@@ -86,20 +93,26 @@ def run(args: argparse.Namespace) -> None:
         print_summary(summary, report, hint=args.report is None and not small)
 
 
-def calibration_of(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Calibration | None, np.ndarray | None]:
+def calibration_of(args: argparse.Namespace, checkpoint: Checkpoint, format: str,
+                   quant: str) -> tuple[Calibration | None, np.ndarray | None]:
     """What to calibrate with, and the end of the text, held out: ids [n, tokens]."""
     if args.calibrate is None:
-        if args.skip is not None:
-            raise InputError("--skip chooses what falls silent by a text; add --calibrate TEXT")
+        for option, value in (("--skip", args.skip), ("--budget", args.budget), ("--read", args.read)):
+            if value is not None:
+                raise InputError(f"{option} chooses by what a text shows; add --calibrate TEXT")
         return None, None
-    if args.skip is not None and args.dead_zone is not None:
-        raise InputError("--skip chooses a dead zone for every input; leave --dead-zone out")
+    for option, value in (("--skip", args.skip), ("--read", args.read)):
+        if value is not None and args.dead_zone is not None:
+            raise InputError(f"{option} chooses a dead zone for every input; leave --dead-zone out")
+    limits = Limits(args.skip, read_size(args.budget, "--budget"), read_size(args.read, "--read"))
+    check_quant(format, quant)
+    limits.check(checkpoint, quant)
     text = read_text(args.calibrate)
     tokenizer = open_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     if tokenizer is None:
         raise InputError(f"{checkpoint.folder}: has no tokenizer, which --calibrate needs to read {args.calibrate}")
     samples, held_out = split_text(np.array(tokenizer.encode(text, parse_special=False), np.int64), str(args.calibrate))
-    return Calibration(samples, args.skip), held_out
+    return Calibration(samples, limits), held_out
 
 
 def report_on(checkpoint: Checkpoint, exported: Path, format: str) -> Report | None:
@@ -124,6 +137,8 @@ def print_summary(summary: dict[str, Any], report: Report | None, hint: bool) ->
           f"in {summary['seconds']:.1f} s")
     if summary["residual"]:
         print(residual_text(summary["residual"]))
+    if summary["chosen"]:
+        print(chosen_text(summary["chosen"]))
     if summary["calibration"]:
         print_comparison(summary["calibration"])
     if report:

@@ -191,7 +191,7 @@ def tokenizer_summary(tokenizer: Tokenizer) -> dict[str, Any]:
 def describe(path: str, summary: dict[str, Any]) -> str:
     c, tokenizer, source = summary["config"], summary["tokenizer"], summary["source"]
     head = c["hidden_size"] // c["num_attention_heads"]
-    spiking = f", spiking activations (k = {c['spike_k']:g}{dead_zones(c)})" if c["spike_k"] else ""
+    spiking = f", spiking activations ({spiking_as(c)})" if c["spike_k"] else ""
     lines = [
         ("model", f"{path} ({summary['kind']}, {size(summary['file_bytes'])})"),
         ("architecture", f"SpikingBrain{spiking}"),
@@ -213,11 +213,13 @@ def describe(path: str, summary: dict[str, Any]) -> str:
     return "".join(f"{name + ':':14}{one_line(str(value))}\n" for name, value in lines)
 
 
-def dead_zones(config: dict[str, Any]) -> str:
-    """How a spiking model's dead zones are, to put behind its k; nothing where it has none."""
+def spiking_as(config: dict[str, Any]) -> str:
+    """The k of a spiking model and its dead zones, if it has any; from the least to the largest where inputs differ."""
+    k = config.get("input_spike_k") or [config["spike_k"]]
+    text = f"k = {min(k):g}" + (f" to {max(k):g}" if max(k) > min(k) else "")
     if zones := config.get("input_dead_zone"):
-        return f", dead zones {min(zones):.2f} to {max(zones):.2f}"
-    return f", dead zone {config['dead_zone']:g}" if config["dead_zone"] else ""
+        return f"{text}, dead zones {min(zones):.2f} to {max(zones):.2f}"
+    return f"{text}, dead zone {config['dead_zone']:g}" if config["dead_zone"] else text
 
 
 def size(nbytes: int) -> str:

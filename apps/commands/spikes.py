@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sbedge.apps.commands.inspect import dead_zones, size
+from sbedge.apps.commands.inspect import size, spiking_as
 from sbedge.apps.commands.perplexity import text_pieces
 from sbedge.apps.options import add_engine, add_model, add_text
 from sbedge.apps.spike_report import FIGURES, PUBLISHED, record, skipped_bytes, summarize, sweep
@@ -19,7 +19,7 @@ from sbedge.apps.text import one_line
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import ModelConfig
 from sbedge.errors import InputError
-from sbedge.export.spikes import Spikes
+from sbedge.export.spikes import DEFAULT_K, Spikes
 from sbedge.quant.spike_stats import FP16_MAC, INT8_ADD, INT8_MAC, SMALL, WINDOW
 from sbedge.runtime.load import ids_only, model_kind, open_tokenizer
 from sbedge.runtime.model_weights import open_weights
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         recording, reader = record(weights, config, ids, args.model)
         summary = {"model": args.model, "text": str(args.text), "tokens": len(ids),
                    "spike_k": config.spike_k, "dead_zone": config.dead_zone,
-                   "input_dead_zone": list(config.input_dead_zone),
+                   "input_spike_k": list(config.input_spike_k), "input_dead_zone": list(config.input_dead_zone),
                    "spikes_itself": bool(own.spike_k), "trained_to_spike": config.trained_to_spike or own.int8_window,
                    "perplexity": reader.perplexity, **summarize(recording)}
         status.update("counting the bytes the engine reads")
@@ -99,7 +99,7 @@ def config_to_watch(args: argparse.Namespace, own: ModelConfig) -> ModelConfig:
         return trained
     if not own.spike_k:
         spikes = Spikes(**given)
-        return spiking_config(own, spikes.k, spikes.dead_zone)
+        return spiking_config(own, spikes.k or DEFAULT_K, spikes.dead_zone or 0.0)
     if given:
         raise InputError(f"{args.model}: spikes already, at k = {own.spike_k:g} with dead zone {own.dead_zone:g}; "
                          "leave --spike-k and --dead-zone out")
@@ -138,8 +138,8 @@ def print_summary(summary: dict[str, Any], config: ModelConfig) -> None:
 
 
 def heading(summary: dict[str, Any]) -> list[str]:
-    lines = [f"{summary['model']}: {summary['tokens']} tokens of {summary['text']}, k = {summary['spike_k']:g}"
-             f"{dead_zones(summary)}"]
+    lines = [f"{summary['model']}: {summary['tokens']} tokens of {summary['text']}, "
+             f"{spiking_as(summary)}"]
     if summary["trained_to_spike"] and not summary["spikes_itself"]:
         lines.append("it was trained to spike so, and does when exported with --quant w8-spike or w4-spike")
     elif not summary["spikes_itself"]:

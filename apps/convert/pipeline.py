@@ -16,7 +16,7 @@ from sbedge.checkpoint import SPIKES_FILE, Checkpoint
 from sbedge.config import INPUT_KINDS
 from sbedge.errors import InputError, SbedgeError
 from sbedge.export import export_model
-from sbedge.export.calibration import Calibration, Layers, with_dead_zones
+from sbedge.export.choices import silent_zones
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.engine import Engine
 from sbedge.runtime.load import open_engine
@@ -230,8 +230,7 @@ def _spikes(work: Path, settings: Settings, rows: np.ndarray, delta: Delta, repo
         zones = (0.0,) * (tuned.config.num_hidden_layers * len(INPUT_KINDS))
         if settings.spike:
             progress = (lambda done, total, _: report("try silence", done, total)) if report else None
-            zones = with_dead_zones(Layers(tuned), tuned.config, Calibration(rows, settings.spike),
-                                    progress).input_dead_zone
+            zones = silent_zones(tuned, rows, settings.spike, SPIKE_K, progress)
         with new_file(file) as temporary:
             temporary.write_text(json.dumps({"spike_k": SPIKE_K, "input_dead_zone": zones}), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ import sbedge
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import ModelConfig
 from sbedge.errors import ExportError, SbedgeError
-from sbedge.export.calibrated import Calibrated
+from sbedge.export.calibrated import Calibrated, quant_of
 from sbedge.export.spikes import Spikes, event_layout, exported_config
 from sbedge.gguf_format import ARCHITECTURE, TYPES, config_metadata, gguf_name, row_bytes
 from sbedge.quant.ggml_blocks import block_rows
@@ -40,11 +40,12 @@ Progress = Callable[[int, int, str], None]
 
 def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quant: str | None = None,
                spikes: Spikes | None = None, tokenizer_metadata: dict[str, Any] | None = None,
-               progress: Progress | None = None, force: bool = False) -> None:
-    """Write `checkpoint` to `path` in one of QUANTS; embeddings and lm_head have their own.
+               progress: Progress | None = None, force: bool = False, dry: bool = False) -> int:
+    """Write `checkpoint` to `path` in one of QUANTS; embeddings and lm_head have their own. Returns the file's bytes.
 
     `spikes` says how activations spike where `quant` ends in -spike (see Spikes). The file appears whole or not at
-    all. `progress(done_bytes, total_bytes, tensor_name)` is called after each block.
+    all. `progress(done_bytes, total_bytes, tensor_name)` is called after each block. With `dry` no file appears: the
+    bytes it would have are counted.
     Raises ExportError (bad option, existing path, full disk).
     """
     path = Path(path)
@@ -55,14 +56,17 @@ def write_gguf(checkpoint: Checkpoint, path: Path, *, quant: str, embedding_quan
     if path.is_dir():
         raise ExportError(f"{path}: is a folder; a GGUF export is one file")
     config = exported_config(checkpoint, quant, spikes)
-    recipe = f"{quant}, embeddings {embedding_quant}" + (", calibrated" if isinstance(checkpoint, Calibrated) else "")
     tensors = [t for name in checkpoint.names() if not name.endswith(".scales")
                for t in _plan(checkpoint, name, quant, embedding_quant)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _write_header(temporary, checkpoint, config, quant, recipe, tokenizer_metadata or {}, tensors)
-        _write_data(temporary, checkpoint, tensors, progress)
-        os.replace(temporary, path)
+        _write_header(temporary, checkpoint, config, quant, recipe_of(checkpoint, quant, embedding_quant),
+                      tokenizer_metadata or {}, tensors)
+        size = aligned(temporary.stat().st_size) + sum(aligned(tensor.nbytes) for tensor in tensors)
+        if not dry:
+            _write_data(temporary, checkpoint, tensors, progress)
+            os.replace(temporary, path)
+        return size
     except OSError as error:
         raise ExportError(f"{path}: cannot be written ({error.strerror or error}); "
                           "nothing was left behind") from None
@@ -77,6 +81,18 @@ def default_embedding_quant(checkpoint: Checkpoint, quant: str) -> str:
     return quant if quant in ("f32", "f16") else "q8_0"
 
 
+def recipe_of(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> str:
+    """What the file says of how it was made."""
+    if not isinstance(checkpoint, Calibrated):
+        return f"{quant}, embeddings {embedding_quant}"
+    parts = [quant, checkpoint.finer(), f"embeddings {embedding_quant}", "calibrated"]
+    return ", ".join(filter(None, parts))
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def _check_options(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> None:
     dense = [name for name in QUANTS if not name.endswith("-spike")]
     for option, value, allowed in (("quant", quant, list(QUANTS)), ("embedding quant", embedding_quant, dense)):
@@ -88,7 +104,7 @@ def _check_options(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> 
 
 # --- what goes into the file -----------------------------------------------------------------------
 def _plan(checkpoint: Checkpoint, name: str, quant: str, embedding_quant: str) -> list[Tensor]:
-    shape = checkpoint.shapes[name]
+    shape, quant = checkpoint.shapes[name], quant_of(checkpoint, name, quant)
     if layout := event_layout(checkpoint, name, quant):
         return event_tensors(checkpoint, name, layout)
     kind = _type_of(name, shape, embedding_quant if name in EMBEDDINGS else quant)

@@ -29,8 +29,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 
 
 def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4", embedding_quant: str | None = None,
-               spikes: Spikes | None = None, progress: Progress | None = None, force: bool = False) -> None:
-    """Export `checkpoint` to `folder`, tensor by tensor; the folder appears complete or not at all.
+               spikes: Spikes | None = None, progress: Progress | None = None, force: bool = False,
+               dry: bool = False) -> int:
+    """Export `checkpoint` to `folder`, tensor by tensor; the folder appears complete or not at all. Returns its bytes.
 
     quant            one of FORMS: how linear layers are stored (W8ASpike: "f32" or "w8-spike", both exact; "int8" is
                      another name of the latter there)
@@ -38,6 +39,7 @@ def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4
     spikes           how activations spike where quant ends in -spike (see Spikes)
     progress         called with (bytes done, bytes in all, tensor name), bytes of the source
     force            replace `folder` if it exists
+    dry              no folder appears: the bytes it would have are counted
 
     Raises ExportError for a bad option, an existing folder, or a disk that fails or is full.
     """
@@ -48,9 +50,12 @@ def write_onnx(checkpoint: Checkpoint, folder: str | Path, *, quant: str = "int4
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
     try:
         temporary.mkdir(mode=0o700)
-        write_model(checkpoint, temporary, recipe, progress)
+        write_model(checkpoint, temporary, recipe, progress, dry)
         write_sidecars(checkpoint, temporary, recipe)
-        publish(temporary, folder)
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+        if not dry:
+            publish(temporary, folder)
+        return size
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left behind") from None
     finally:        # also after an interrupt
@@ -88,8 +93,8 @@ def checked_recipe(checkpoint: Checkpoint, quant: str, embedding_quant: str | No
     return Recipe(quant, embedding_quant, config)
 
 
-def write_model(checkpoint: Checkpoint, folder: Path, recipe: Recipe, progress: Progress | None) -> None:
-    with DataFile(folder) as data:
+def write_model(checkpoint: Checkpoint, folder: Path, recipe: Recipe, progress: Progress | None, dry: bool) -> None:
+    with DataFile(folder, dry) as data:
         model = Graph(checkpoint, data, recipe, progress).build()
     onnx.save(model, folder / "model.onnx")
 
@@ -99,6 +104,8 @@ def write_sidecars(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None
     quantization: dict[str, Any] = {"linear": recipe.linear, "embedding": recipe.embedding}
     if isinstance(checkpoint, Calibrated):
         quantization["calibrated"] = True
+        if finer := checkpoint.finer():
+            quantization["finer"] = finer
     block: dict[str, Any] = {
         "config": recipe.config.to_dict(), "source": checkpoint.fingerprint, "exporter": __version__,
         "quantization": quantization, "spike_k": recipe.config.spike_k}

@@ -28,7 +28,8 @@ def write_w8(checkpoint: Checkpoint, weight: str, data: DataFile, advance: Advan
     N, K = checkpoint.shapes[weight]
     groups, stripe = -(-K // WEIGHT_GROUP), stripe_width(N, STRIPE)
     scales = np.empty((groups, N), np.float32)
-    residual: list[tuple[np.ndarray, ...]] = []
+    nothing = np.zeros(0, np.int64)
+    residual: list[tuple[np.ndarray, ...]] = [(nothing, nothing, np.zeros(0, np.float32))]
 
     def stripes() -> Iterator[np.ndarray]:
         for start in range(0, N, stripe):

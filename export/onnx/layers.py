@@ -11,7 +11,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import WEIGHT_GROUP, ModelConfig
-from sbedge.export.calibrated import Calibrated
+from sbedge.export.calibrated import Calibrated, quant_of
 from sbedge.export.spikes import event_layout
 from sbedge.quant.blocks import BLOCK, Blocks, blocks_of, quantize_blocks
 
@@ -105,7 +105,7 @@ class Layers:
         return [self.add_bias(name, y) for name, y in zip(names, self.spike_linears(names, x, layout), strict=True)]
 
     def event_layout(self, name: str) -> str | None:
-        quant = self.recipe.linear
+        quant = quant_of(self.checkpoint, name + ".weight", self.recipe.linear)
         if quant == "int8" and self.checkpoint.is_w8aspike:
             quant = "w8-spike"      # its 8 bits are spiking ones
         return event_layout(self.checkpoint, name + ".weight", quant)
@@ -118,7 +118,7 @@ class Layers:
             x = self.node("Mul", [x.count, x.threshold])
         # The two small gate projections decide what a state forgets: they stay exact.
         exact = "gk_proj" in name or self.checkpoint.is_w8aspike
-        return self.dense(name, x, "f32" if exact else self.recipe.linear)
+        return self.dense(name, x, "f32" if exact else quant_of(self.checkpoint, name + ".weight", self.recipe.linear))
 
     def dense(self, name: str, x: str, form: str) -> str:
         weight = name + ".weight"
@@ -201,27 +201,30 @@ class Layers:
         codes, scales, zero_points = names = [f"{name}.{part}" for part in Blocks._fields]
         if codes not in self.initializers:
             N, K = self.checkpoint.shapes[name]
-            small: list[tuple[np.ndarray, np.ndarray]] = []
+            count = -(-K // BLOCK)
+            small = np.empty((N, count), np.float32), np.empty((N, -(-count * bits // 8)), np.uint8)
             self.initializers[codes] = self.data.append(
-                codes, np.uint8, (N, -(-K // BLOCK), BLOCK * bits // 8), self.quantize(name, bits, small))
-            self.constant(scales, np.concatenate([pair[0] for pair in small]))
-            self.constant(zero_points, np.concatenate([pair[1] for pair in small]))
+                codes, np.uint8, (N, count, BLOCK * bits // 8), self.quantize(name, bits, *small))
+            self.constant(scales, small[0])
+            self.constant(zero_points, small[1])
         return names
 
-    def quantize(self, name: str, bits: int, small: list) -> Iterator[np.ndarray]:
-        """Codes, piece by piece; scales and zero points are collected in `small`."""
+    def quantize(self, name: str, bits: int, scales: np.ndarray, zero_points: np.ndarray) -> Iterator[np.ndarray]:
+        """Codes, piece by piece, while scales and zero points are filled in."""
         if isinstance(self.checkpoint, Calibrated) and (levels := self.checkpoint.levels(name)):
             blocks = blocks_of(levels, bits)
-            small.append((blocks.scales, blocks.zero_points))
+            scales[:], zero_points[:] = blocks.scales, blocks.zero_points
             yield blocks.codes
             self.advance(name, levels.levels.size)
             return
-        rows = max(1, SLICE_WEIGHTS // self.checkpoint.shapes[name][1])
+        rows, at = max(1, SLICE_WEIGHTS // self.checkpoint.shapes[name][1]), 0
         with ThreadPoolExecutor(WORKERS) as pool:
             for piece in self.read(name):
                 slices = (piece[start:start + rows] for start in range(0, len(piece), rows))
                 for blocks in pool.map(lambda weight: quantize_blocks(weight, bits), slices):
-                    small.append((blocks.scales, blocks.zero_points))
+                    end = at + len(blocks.scales)
+                    scales[at:end], zero_points[at:end] = blocks.scales, blocks.zero_points
+                    at = end
                     yield blocks.codes
 
     def read(self, name: str) -> Iterator[np.ndarray]:

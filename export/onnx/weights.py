@@ -1,7 +1,9 @@
 """The external data file of an ONNX model: tensors are appended as they are converted, never held together."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ INLINE_BYTES = 1024         # smaller tensors travel in model.onnx itself
 class DataFile:
     """Appends tensors to `folder`/model.onnx.data and returns references to them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dry: bool = False):
+        """`dry`: nothing is written nor even made, but the file grows as if it were (with a hole in it)."""
+        self.dry = dry
         self.file = open(folder / DATA_FILE, "wb")  # noqa: SIM115  (closed by __exit__)
 
     def __enter__(self) -> DataFile:
@@ -24,12 +28,15 @@ class DataFile:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def append(self, name: str, dtype: type, shape: Iterable[int], pieces: Iterable[np.ndarray]) -> TensorProto:
+    def append(self, name: str, dtype: type, shape: Sequence[int], pieces: Iterable[np.ndarray]) -> TensorProto:
         """Write `pieces`, which together are a C-ordered tensor of `shape`, and return its reference."""
         self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
         offset = self.file.tell()
-        for piece in pieces:
-            self.file.write(np.ascontiguousarray(piece, dtype).data if piece.size else b"")
+        if self.dry:
+            self.file.truncate(self.file.seek(prod(shape) * np.dtype(dtype).itemsize, os.SEEK_CUR))
+        else:
+            for piece in pieces:
+                self.file.write(np.ascontiguousarray(piece, dtype).data if piece.size else b"")
         return reference(name, dtype, shape, offset, self.file.tell() - offset)
 
     def array(self, name: str, array: np.ndarray) -> TensorProto:
