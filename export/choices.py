@@ -164,11 +164,11 @@ class Table:
         if self.budget is None:
             return self.apply(inputs, self.cheapest(losses))
         file = self.sizes["file"].reshape(len(inputs), -1)
-        best, least_loss = None, np.inf
+        best, least_loss = None, float("inf")
         for _ in range(ROUNDS):     # what a choice adds to the file is known but for padding and a few bytes of header
             choice = self.cheapest(losses)
             self.apply(inputs, choice)
-            found, loss = self.size(self.result), sum_of(losses.reshape(file.shape), choice)
+            found, loss = self.size(self.result), float(sum_of(losses.reshape(file.shape), choice))
             if found <= self.budget and loss < least_loss:
                 best, least_loss = choice, loss
             self.limits["file"] = max(sum_of(file, choice) + self.budget - found, file[:, 0].sum())

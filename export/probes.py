@@ -78,7 +78,7 @@ def measured(checkpoint: Checkpoint, layers: Layers, quant: str, ids: np.ndarray
             input.by_rounding = cost
         else:
             losses = input.silence.losses
-            input.silence = input.silence._replace(losses=losses * cost / max(losses[level], 1e-30))
+            input.silence = input.silence._replace(losses=losses * (cost / max(float(losses[level]), 1e-30)))
     return inputs
 
 
