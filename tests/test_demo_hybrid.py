@@ -16,8 +16,8 @@ from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.load import load
 
 # by version: a new delta needs a new one
-SHA256 = {2: "8fb71b986f9d92ee2ca8cf11cc34e9d7e353dd0ab52b74987c7ab006adddee76"}
-LAYERS, GLA_LAYERS, HIDDEN, KV, FFN, RANK = 30, 8, 576, 192, 1536, 8
+SHA256 = {2: "055efee4c2d35c9949f7bbde304ccafa237f7b5b827a7ee2f202d71f69c33eb3"}
+LAYERS, GLA_LAYERS, HIDDEN, KV, FFN, RANK = 30, 8, 576, 192, 1536, 16
 ROWS = {"attn.qkv": HIDDEN + 2 * KV, "attn.o": HIDDEN, "mlp.gate_up": 2 * FFN, "mlp.down": HIDDEN}
 MIXER = {"q_proj.weight": (HIDDEN, HIDDEN), "k_proj.weight": (KV, HIDDEN), "v_proj.weight": (KV, HIDDEN),
          "o_proj.weight": (HIDDEN, HIDDEN), "q_proj.bias": (HIDDEN,), "k_proj.bias": (KV,), "v_proj.bias": (KV,),
@@ -36,13 +36,14 @@ def test_the_delta_holds_what_a_hybrid_of_the_demo_model_needs() -> None:
     gla = sorted(set(range(LAYERS)) - set(delta.attn_layers))
     assert len(gla) == GLA_LAYERS
     wanted = {f"model.layers.{i}.attn.{name}": shape for i in gla for name, shape in MIXER.items()}
-    for i in range(min(gla), LAYERS):
+    for i in range(LAYERS):
         for part in PARTS:
             if i not in gla or part.startswith("mlp"):
                 wanted[f"model.layers.{i}.{part}.A"] = (RANK, FFN if part == "mlp.down" else HIDDEN)
                 wanted[f"model.layers.{i}.{part}.B"] = (RANK, ROWS[part])
     assert {name: values.shape for name, values in delta.tensors.items()} == wanted
     assert all(np.isfinite(values).all() for values in delta.tensors.values())
+    assert delta.spikes is not None and len(delta.spikes["input_dead_zone"]) == 4 * LAYERS
 
 
 def test_model_card_and_training_log_come_along() -> None:
@@ -50,7 +51,7 @@ def test_model_card_and_training_log_come_along() -> None:
     assert all(word in card for word in ("Licence", "Perplexity", "What is lost")) and "@" not in card
     with (HYBRID_DELTA.parent / "training-log.csv").open(newline="", encoding="utf-8") as file:
         stages = [row["stage"] for row in csv.DictReader(file)]
-    assert list(dict.fromkeys(stages)) == ["trial", "transfer", "tune"]
+    assert list(dict.fromkeys(stages)) == ["trial", "transfer", "tune", "spike"]
 
 
 @pytest.mark.skipif(find_weights() is None, reason="the SmolLM2 weights are not here; `sbedge demo` fetches them")
@@ -59,8 +60,9 @@ def test_the_hybrid_is_rebuilt_and_knows_the_capital_of_france(tmp_path: Path) -
     assert weights is not None
     write_hybrid_checkpoint(weights, tmp_path / "hybrid")
     assert [p.name for p in tmp_path.iterdir()] == ["hybrid"]
-    config = Checkpoint(tmp_path / "hybrid").config
-    assert config.num_hidden_layers - len(config.attn_layers) == GLA_LAYERS
+    checkpoint = Checkpoint(tmp_path / "hybrid")
+    assert checkpoint.config.num_hidden_layers - len(checkpoint.config.attn_layers) == GLA_LAYERS
+    assert checkpoint.trained_spikes is not None
     if not ggml_available():
         pytest.skip("the ggml libraries are not installed, and the others are slow")
     export_model(tmp_path / "hybrid", tmp_path / "hybrid.gguf", quant="q8_0")
