@@ -16,7 +16,7 @@ from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.load import load
 
 # by version: a new delta needs a new one
-SHA256 = {2: "055efee4c2d35c9949f7bbde304ccafa237f7b5b827a7ee2f202d71f69c33eb3"}
+SHA256 = {2: "b7c922d1b84b3b5227aa9300b409ba6f7ac760551bb4d49aee5aa01da2ddd8b3"}
 LAYERS, GLA_LAYERS, HIDDEN, KV, FFN, RANK = 30, 8, 576, 192, 1536, 16
 ROWS = {"attn.qkv": HIDDEN + 2 * KV, "attn.o": HIDDEN, "mlp.gate_up": 2 * FFN, "mlp.down": HIDDEN}
 MIXER = {"q_proj.weight": (HIDDEN, HIDDEN), "k_proj.weight": (KV, HIDDEN), "v_proj.weight": (KV, HIDDEN),
