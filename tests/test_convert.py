@@ -199,9 +199,8 @@ def test_the_same_seed_gives_the_same_checkpoint(source: Path, converted: Path, 
     assert ((tmp_path / "out/model.safetensors").read_bytes() == (converted / "out/model.safetensors").read_bytes())
 
 
-@pytest.mark.parametrize("stage", ["write text", "trial", "transfer", "ask the source", "tune"])
-def test_a_resumed_conversion_gives_what_an_uninterrupted_one_gives(
-        source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def interrupt_and_resume(command: list[str], stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `command`, break it off in the middle of `stage`, and go on."""
     monkeypatch.setattr(fitting, "SAVE_SECONDS", 0.0)
     real = pipeline.convert
 
@@ -211,12 +210,17 @@ def test_a_resumed_conversion_gives_what_an_uninterrupted_one_gives(
                 raise KeyboardInterrupt
         return real(*args, report=report, **options)
 
-    command = ["convert", str(source), "-o", str(tmp_path / "out"), *OPTIONS]
     monkeypatch.setattr(pipeline, "convert", interrupted)
-    assert cli.main(command) == 130 and not (tmp_path / "out").exists()
+    assert cli.main(command) == 130 and not Path(command[command.index("-o") + 1]).exists()
     assert cli.main(command) == 2       # it is there, and was not asked to go on
     monkeypatch.setattr(pipeline, "convert", real)
     assert cli.main([*command, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("stage", ["write text", "trial", "transfer", "ask the source", "tune"])
+def test_a_resumed_conversion_gives_what_an_uninterrupted_one_gives(
+        source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    interrupt_and_resume(["convert", str(source), "-o", str(tmp_path / "out"), *OPTIONS], stage, monkeypatch)
     assert ((tmp_path / "out/model.safetensors").read_bytes() == (converted / "out/model.safetensors").read_bytes())
 
 
@@ -230,14 +234,25 @@ def test_the_delta_is_the_checkpoint_within_8_bit(source: Path, converted: Path)
 
 # ---- going on, and spiking ----------------------------------------------------------------------------
 
+SPIKE = ["--tokens", "0", "--own-tokens", "600", "--length", "64", "--rank", "4", "--spike", "0.4",
+         "--spike-tokens", "2048", "--threads", "1"]
+
+
 @pytest.fixture(scope="module")
 def spiking(source: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained to spike from the delta of `converted` on."""
     folder = tmp_path_factory.mktemp("spiking")
     assert cli.main(["convert", str(source), "-o", str(folder / "out"), "--start", str(converted / "delta.safetensors"),
-                     "--tokens", "0", "--own-tokens", "600", "--length", "64", "--rank", "4", "--spike", "0.4",
-                     "--spike-tokens", "2048", "--threads", "1", "--delta", str(folder / "delta.safetensors")]) == 0
+                     *SPIKE, "--delta", str(folder / "delta.safetensors")]) == 0
     return folder
+
+
+@pytest.mark.parametrize("stage", ["ask the source", "try silence", "spike"])
+def test_training_to_spike_is_resumed_where_it_was(source: Path, converted: Path, spiking: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    interrupt_and_resume(["convert", str(source), "-o", str(tmp_path / "out"), "--start",
+                          str(converted / "delta.safetensors"), *SPIKE], stage, monkeypatch)
+    assert ((tmp_path / "out/model.safetensors").read_bytes() == (spiking / "out/model.safetensors").read_bytes())
 
 
 def test_a_model_trained_to_spike_says_how_and_its_exports_do_so(spiking: Path, converted: Path) -> None:
@@ -282,6 +297,7 @@ def test_training_goes_on_from_a_delta(source: Path, converted: Path, tmp_path: 
     (["--rank", "1"], "--rank is 1, but the corrections to go on from have 2"),
     (["--gla-layers", "1"], "--gla-layers is 1, but"),
     (["--spike", "2"], "--spike is 2, expected a share from 0 to 0.9"),
+    (["--tokens", "0"], "--tokens 0 trains nothing; give --spike"),
 ])
 def test_a_start_that_does_not_fit_ends_in_one_line(source: Path, converted: Path, tmp_path: Path, options: list[str],
                                                     capsys: pytest.CaptureFixture[str], line: str) -> None:

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "training text. Needs torch (pip install 'sbedge[convert]') and hours rather than minutes; an interrupted\n"
         "conversion goes on with --resume. docs/convert.md tells how it works.")
     parser.epilog = ("example:\n  sbedge convert SmolLM2-135M-Instruct -o hybrid --gla-layers 8 --text prose.txt\n"
-                     "  sbedge chat hybrid.gguf       # after: sbedge export hybrid -o hybrid.gguf")
+                     "  sbedge chat hybrid.gguf       # after: sbedge export hybrid -o hybrid.gguf\n"
+                     "  sbedge convert SmolLM2-135M-Instruct -o spiking --start hybrid.delta --tokens 0 --spike 0.3")
     parser.add_argument("source", type=Path, metavar="SOURCE",
                         help="Llama or Qwen2: a GGUF file, or a folder with config.json, safetensors and tokenizer")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="CHECKPOINT", help="folder to write")
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--length is {args.length}, expected a multiple of 64")
     if args.gla_layers is None and not args.start:
         raise InputError("how many layers shall be converted? give --gla-layers, or --start with a delta to go on from")
+    if not args.tokens and args.spike is None:
+        raise InputError("--tokens 0 trains nothing; give --spike, too, or some tokens")
     if args.spike is not None and not 0 <= args.spike <= 0.9:
         raise InputError(f"--spike is {args.spike:g}, expected a share from 0 to 0.9")
     if args.output.exists():

@@ -76,9 +76,11 @@ def convert(source: Path, out: Path, settings: Settings, texts: Sequence[str] = 
         if not begun:       # nothing is in there that one would go on with
             shutil.rmtree(work)
         raise
+    tokens: float = settings.tokens
     if delta is None:
         delta = _transferred(work, checkpoint, settings, rows, report)
-    delta = _tuned(work, checkpoint, settings, rows, delta, report)
+        tokens *= 1 - TRIAL_SHARE - TRANSFER_SHARE
+    delta = _tuned(work, checkpoint, settings, rows, delta, tokens, report)
     if delta_file:
         save_delta(delta, delta_file, force=True)
     apply_delta(work / "source", delta, out, progress=report, extra={"conversion.csv": (work / "log.csv").read_bytes()})
@@ -193,20 +195,17 @@ def _transferred(work: Path, checkpoint: Checkpoint, settings: Settings, rows: n
     return delta_of(model, checkpoint)
 
 
-def _tuned(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndarray, delta: Delta,
+def _tuned(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndarray, delta: Delta, tokens: float,
            report: Report | None) -> Delta:
-    """The hybrid trained as a whole and, if asked, to spike."""
-    first = delta.lowest if settings.tokens else 0
-    left = 1 if delta.rank else 1 - TRIAL_SHARE - TRANSFER_SHARE    # what transfer has not used
-    tune = Plan("tune", settings.steps(left * settings.tokens), settings.batch, TUNE_RATE, settings.seed + 2)
+    """The hybrid trained as a whole on so many tokens and, if asked, to spike."""
+    first = delta.lowest if tokens else 0
+    tune = Plan("tune", settings.steps(tokens), settings.batch, TUNE_RATE, settings.seed + 2)
     spike = Plan("spike", settings.steps(settings.spike_tokens), settings.batch, SPIKE_RATE, settings.seed + 3)
-    steps = max(settings.tokens and tune.steps, 0 if settings.spike is None else spike.steps)
-    if not steps:
-        return delta
+    steps = max(tune.steps if tokens else 0, 0 if settings.spike is None else spike.steps)
     source, needed = Hybrid(checkpoint.config, checkpoint.weight), rows[:steps * settings.batch]
     answers = stages.ask_source(source, needed, first, work, settings.batch, report)
     del source
-    if settings.tokens:
+    if tokens:
         model = hybrid_of(checkpoint, delta, settings, first)
         stages.tune(model, answers, first, tune, work, report)
         delta = delta_of(model, checkpoint)
