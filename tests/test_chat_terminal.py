@@ -67,7 +67,7 @@ def test_messages_and_commands_act_and_ctrl_d_leaves(model: str, tmp_path: Path)
                                ("and?", "tok/s"), (f"/save {tmp_path / 's.state'}", "saved to"),
                                ("/rewind", "back to before 'and?': 1 turn"), ("/fork other", "now in other"),
                                ("and?", "tok/s"), ("/switch main", "now in main: 1 turn"),
-                               (f"/load {tmp_path / 's.state'}", "2 turns"), ("/system Be brief.", "system text set"),
+                               (f"/load {tmp_path / 's.state'}", "58;"), ("/system Be brief.", "system text set"),
                                ("/params top_k 7", "top_k               7"), ("/stats", "snapshots"),
                                ("/new", "a new conversation")):
             assert expected in program.say(line, expected)
