@@ -15,7 +15,7 @@ import numpy as np
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import GATE_DIVISOR, INPUT_KINDS, KIND_OF, ModelConfig
-from sbedge.quant.folding import POWER, folded
+from sbedge.quant.folding import folded
 from sbedge.reference import Reference, log_sigmoid, relu, rms_norm, rope_angles, rotate, softmax
 
 
@@ -97,7 +97,7 @@ class Layers:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.power = 0.0 if checkpoint.trained_spikes else POWER
+        self.fold = checkpoint.trained_spikes is None
         self.bytes = 4 * sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if ".layers.0." in name)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
@@ -105,7 +105,7 @@ class Layers:
         names = [name for name in self.checkpoint.names() if name.startswith(prefix)]
         weights = {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
         self.checkpoint.release()
-        return {prefix + name: weight for name, weight in folded(weights, self.power).items()}
+        return {prefix + name: weight for name, weight in (folded(weights) if self.fold else weights).items()}
 
     def rest(self) -> dict[str, np.ndarray]:
         return {name: self.checkpoint.tensor(name) for name in self.checkpoint.names() if ".layers." not in name}

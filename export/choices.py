@@ -83,12 +83,16 @@ def choose(result: Calibrated, layers: Layers, quant: str, ids: np.ndarray, spik
     if spiking:     # as finely as may be, until it is known: no choice takes more bytes to state
         finest = (fixed or KS[-1],) * result.config.num_hidden_layers * len(INPUT_KINDS)
         result.exported = replace(result.exported, input_spike_k=finest, spike_k=finest[0])
+    if spiking and not trained:
+        zone = DEAD_ZONE if spikes is None or spikes.dead_zone is None else spikes.dead_zone
+        result.exported = replace(result.exported, dead_zone=zone)
+    if fixed and limits == Limits():    # nothing is left to try
+        return
     table = Table(result, quant, limits, embedding_quant, size)
     inputs = measured(result, layers, quant, ids, progress, level=table.level, rounding=len(table.quants) > 1)
-    if spiking and not trained:
-        k = tuple(fixed or input.k for input in inputs)
-        zone = DEAD_ZONE if spikes is None or spikes.dead_zone is None else spikes.dead_zone
-        result.exported = replace(result.exported, spike_k=max(k), input_spike_k=k, dead_zone=zone)
+    if spiking and not fixed:
+        k = tuple(input.k for input in inputs)
+        result.exported = replace(result.exported, spike_k=max(k), input_spike_k=k)
     table.settle(inputs)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from math import prod
 
-from sbedge.checkpoint import Checkpoint
+from sbedge.checkpoint import EMBEDDINGS, Checkpoint
 from sbedge.config import INPUT_KINDS
 from sbedge.gguf_format import TYPES
 from sbedge.quant.ggml_blocks import BLOCK, GGML_GRIDS
@@ -49,6 +49,5 @@ def bytes_beside(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> fl
         kind = TYPES[embedding_quant.upper()]
         per_weight = kind.nbytes / kind.block
     looked_up = "" if checkpoint.config.tie_word_embeddings else "model.embeddings.weight"
-    ends = ("model.embeddings.weight", "lm_head.weight")
-    return sum(prod(shape) * (per_weight if name in ends else 4) for name, shape in checkpoint.shapes.items()
+    return sum(prod(shape) * (per_weight if name in EMBEDDINGS else 4) for name, shape in checkpoint.shapes.items()
                if name != looked_up and grid_of(checkpoint, name, quant) is None)

@@ -11,18 +11,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-POWER = 1.0
 # kind of input -> what reads it, by the names within a layer. o_proj's cannot be folded: it comes from the state.
 READERS = {"attention in": ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.gk_proj", "attn.gk_proj.0"),
            "FFN in": ("mlp.gate_proj", "mlp.up_proj"), "FFN down": ("mlp.down_proj",)}
 MAKER = {"attention in": "attn_norm.weight", "FFN in": "mlp_norm.weight", "FFN down": "mlp.up_proj.weight"}
 
 
-def folded(weights: Mapping[str, np.ndarray], power: float = POWER) -> dict[str, np.ndarray]:
+def folded(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors of one layer, by their names within it ("attn.q_proj.weight" [out, in], ...), the same function."""
     w = dict(weights)
     for kind in READERS:
-        factor, maker = loudness(w, kind, power), MAKER[kind]
+        factor, maker = loudness(w, kind), MAKER[kind]
         w[maker] = (w[maker].T * factor).T
         for name in readers_of(w, kind):
             w[name] = w[name] / factor
@@ -33,16 +32,13 @@ def readers_of(weights: Mapping[str, np.ndarray], kind: str) -> list[str]:
     return [f"{reader}.weight" for reader in READERS[kind] if f"{reader}.weight" in weights]
 
 
-def loudness(weights: Mapping[str, np.ndarray], kind: str, power: float = POWER) -> np.ndarray:
-    """What folding makes the channels of an input louder by: [in] float32, its geometric mean 1."""
-    return _norms([weights[name] for name in readers_of(weights, kind)], power)
-
-
-def _norms(weights: list[np.ndarray], power: float) -> np.ndarray:
-    """||w_j|| ** power over all outputs of `weights` [out, in] together, their geometric mean 1: [in] float32."""
-    norms = np.sqrt(sum(np.square(w, dtype=np.float64).sum(axis=0) for w in weights))
+def loudness(weights: Mapping[str, np.ndarray], kind: str) -> np.ndarray:
+    """What folding makes the channels of an input louder by: the norm of the weights that read each, over all outputs,
+    as a multiple of their geometric mean: [in] float32."""
+    read = [weights[name] for name in readers_of(weights, kind)]
+    norms = np.sqrt(sum(np.square(w, dtype=np.float64).sum(axis=0) for w in read))
     largest = norms.max()
     if not largest > 0:
         return np.ones(len(norms), np.float32)
-    logs = power * np.log(np.maximum(norms, 1e-3 * largest))
+    logs = np.log(np.maximum(norms, 1e-3 * largest))
     return np.exp(logs - logs.mean()).astype(np.float32)

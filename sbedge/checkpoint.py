@@ -21,6 +21,7 @@ from .errors import CheckpointError
 
 DTYPES = ("F32", "F16", "BF16")
 MAX_LAYERS = 4096
+EMBEDDINGS = ("model.embeddings.weight", "lm_head.weight")
 SPIKES_FILE = "spikes.json"     # in the folder of a checkpoint that was trained to spike, but for W8ASpike ones
 MAX_CODE = 1 << 24      # larger ones are not exact in float32
 # W8ASpike quantizes these; the published forward of down_proj uses its stored float weights.

@@ -187,14 +187,14 @@ def make_spike(model: Hybrid, tuned: Checkpoint, spikes: Mapping[str, Any], batc
 
     tuned  the checkpoint that training begins with: its channels are as loud as folding would make them
     """
-    kinds, rows = list(INPUT_KINDS), max(1, round(SPIKING * batch))
+    config, rows = tuned.config.as_trained(spikes, "spikes"), max(1, round(SPIKING * batch))
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}."
         weights = {name.removeprefix(prefix): tuned.tensor(name) for name in tuned.names() if name.startswith(prefix)}
-        zones = spikes["input_dead_zone"][i * len(kinds):(i + 1) * len(kinds)]
+        zones = {kind: config.spikes_of(i, kind)[1] for kind in INPUT_KINDS}
         factors = {kind: torch.from_numpy(loudness(weights, kind)) if kind in READERS else torch.ones(())
-                   for kind in kinds}
-        layer.spike = Spiking(spikes["spike_k"], dict(zip(kinds, zones, strict=True)), factors, rows)
+                   for kind in INPUT_KINDS}
+        layer.spike = Spiking(config.spike_k, zones, factors, rows)
 
 # ---- tune -----------------------------------------------------------------------------------------------
 

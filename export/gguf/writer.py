@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 import sbedge
-from sbedge.checkpoint import Checkpoint
+from sbedge.checkpoint import EMBEDDINGS, Checkpoint
 from sbedge.config import ModelConfig
 from sbedge.errors import ExportError, SbedgeError
 from sbedge.export.calibrated import Calibrated, quant_of
@@ -33,7 +33,6 @@ QUANTS = {"f32": ("F32", "F32"), "f16": ("F16", "F16"), "q8_0": ("Q8_0", "F16"),
           "q4_k": ("Q4_K", "Q5_0"), "q6_k": ("Q6_K", "Q8_0"), "w8-spike": ("codes", "codes"),
           "w4-spike": ("nibbles", "nibbles")}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "q6_k": 18}     # llama.cpp's LLAMA_FTYPE
-EMBEDDINGS = ("model.embeddings.weight", "lm_head.weight")
 
 Progress = Callable[[int, int, str], None]
 
