@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import ModelConfig
@@ -30,7 +31,7 @@ class Calibrated(Checkpoint):
     def keep(self, name: str, levels: Levels) -> None:
         """Put a linear's levels away."""
         for part in ("levels", "scales", "zeros"):
-            np.save(self._file(name, part), getattr(levels, part))
+            write_npy(self._file(name, part), getattr(levels, part))
         self.groups[name] = levels.group
 
     def finer(self) -> str:
@@ -52,6 +53,14 @@ class Calibrated(Checkpoint):
 
     def _file(self, name: str, part: str) -> Path:
         return self.work / f"{name}.{part}.npy"
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """np.save, but a signal that comes meanwhile raises what its handler does [in tofile() it becomes a TypeError]."""
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 def quant_of(checkpoint: Checkpoint, name: str, quant: str) -> str:

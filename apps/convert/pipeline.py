@@ -16,6 +16,7 @@ from sbedge.checkpoint import SPIKES_FILE, Checkpoint
 from sbedge.config import INPUT_KINDS
 from sbedge.errors import InputError, SbedgeError
 from sbedge.export import export_model
+from sbedge.export.calibrated import write_npy
 from sbedge.export.choices import silent_zones
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.engine import Engine
@@ -147,8 +148,8 @@ def _text(work: Path, checkpoint: Checkpoint, settings: Settings, texts: Sequenc
             raise InputError(f"there are {len(rows)} training rows of {settings.length} tokens, expected at least "
                              f"{RANK_ROWS}; give more --text or --own-tokens")
         order = np.random.default_rng(settings.seed).permutation(len(rows))
-        with new_file(file) as temporary, temporary.open("wb") as out:
-            np.save(out, np.array(rows, np.int64)[order])
+        with new_file(file) as temporary:
+            write_npy(temporary, np.array(rows, np.int64)[order])
     return np.load(file)
 
 

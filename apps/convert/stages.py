@@ -159,8 +159,8 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
     wanted: dict[str, tuple[Any, int]] = {"ids": (small, known), "logprobs": (np.float16, known)}
     if first:
         wanted["hidden"] = (np.int16, model.config.hidden_size)
-    progress = folder / "answers-done.npy"
-    done = int(np.load(progress)) if progress.exists() else 0
+    progress = folder / "answers-done.txt"
+    done = int(progress.read_text(encoding="ascii")) if progress.exists() else 0
     arrays = {name: open_memmap(folder / f"answers-{name}.npy", mode="r+" if done else "w+", dtype=dtype,
                                 shape=(N, T, width)) for name, (dtype, width) in wanted.items()}
     for start in range(done, N, batch):
@@ -175,7 +175,7 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
         if start // batch % 16 == 15 or start + batch >= N:
             for array in arrays.values():
                 array.flush()
-            np.save(progress, min(start + batch, N))
+            progress.write_text(str(min(start + batch, N)), encoding="ascii")
         if report:
             report("ask the source", min(start + batch, N), N)
     return Answers(rows, first, **arrays)
