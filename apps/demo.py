@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shutil
 from pathlib import Path
 
 from sbedge.apps.chat.command import add_chat_options, make_chat, start
@@ -22,6 +24,7 @@ from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.load import load
 
 NAME, ALL_WINDOW_NAME = f"smollm2-135m-hybrid-{HYBRID_VERSION}", "smollm2-135m"
+HYBRID_NAMES = re.compile(r"smollm2-135m-hybrid(?:-(\d+))?-(?:checkpoint|onnx-[\w-]+|[\w-]+\.gguf)")
 FORMAT_OF = {"ggml": "gguf", "onnx": "onnx"}
 
 
@@ -47,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty; give at least one character")
+    if args.dir is None:
+        remove_outdated(cache_folder())
     model = prepare(args.dir or cache_folder(), args.engine or default_engine(), args.quant, all_window=args.all_window)
     session = load(model, threads=args.threads)
     session.sampling = sampling
@@ -65,6 +70,14 @@ def default_engine() -> str:
         return "ggml"
     Terminal.found().note("the ggml libraries are not installed (pip install 'sbedge[ggml]'): using ONNX Runtime")
     return "onnx"
+
+
+def remove_outdated(cache: Path) -> None:
+    """Remove what was made of the hybrid's earlier versions (0.5 GB each): nothing takes it any more."""
+    for path in cache.glob("smollm2-135m-hybrid*"):
+        found = HYBRID_NAMES.fullmatch(path.name)
+        if found and int(found[1] or 1) < HYBRID_VERSION:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def prepare(folder: Path, engine: str, quant: str | None, *, all_window: bool = False) -> Path:

@@ -69,6 +69,25 @@ def test_the_original_stays_available_beside_the_hybrid(tiny_demo: list[str], tm
         f"{name}-{what}" for name in (demo.NAME, demo.ALL_WINDOW_NAME) for what in ("checkpoint", "onnx-int8")}
 
 
+def test_what_an_earlier_version_left_in_the_cache_is_removed_and_nothing_else(
+        tiny_demo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBEDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "HYBRID_VERSION", 3)
+    monkeypatch.setattr(demo, "NAME", "smollm2-135m-hybrid-3")
+    first, later = "smollm2-135m-hybrid", "smollm2-135m-hybrid-4"
+    outdated = {f"{first}-checkpoint", f"{first}-2-onnx-int8", f"{first}-q8_0.gguf", f"{first}-2-w8-spike.gguf"}
+    kept = {f"{later}-checkpoint", f"{later}-q8_0.gguf", "smollm2-135m-q8_0.gguf", f"{first}-notes.txt",
+            "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    for name in outdated | kept:
+        if "." in name:
+            (tmp_path / name).write_bytes(b"x")
+        else:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "model").write_bytes(b"x")
+    assert cli.main(["demo", "--engine", "onnx", "-p", "hi", "-n", "2"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == kept | {f"{first}-3-checkpoint", f"{first}-3-onnx-int8"}
+
+
 @pytest.mark.parametrize("where", ["fetch_weights", "write_hybrid_checkpoint", "export_model"])
 def test_an_interrupted_preparation_leaves_nothing_half_made(
         where: str, tiny_demo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
