@@ -76,8 +76,12 @@ def remove_outdated(cache: Path) -> None:
     """Remove what was made of the hybrid's earlier versions (0.5 GB each): nothing takes it any more."""
     for path in cache.glob("smollm2-135m-hybrid*"):
         found = HYBRID_NAMES.fullmatch(path.name)
-        if found and int(found[1] or 1) < HYBRID_VERSION:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if not found or int(found[1] or 1) >= HYBRID_VERSION:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def prepare(folder: Path, engine: str, quant: str | None, *, all_window: bool = False) -> Path:
