@@ -282,6 +282,27 @@ def test_a_model_trained_to_spike_is_folded_and_computes_the_same(spiking: Path,
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
 
 
+def test_half_of_the_own_text_is_by_the_hybrid_that_training_starts_from(
+        source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[int, int]] = []     # (GLA layers of the writer, tokens)
+
+    class Recorded(pipeline.Writer):
+        def write(self, tokens, progress=None):
+            config = self.engine.config
+            for chat, ids in super().write(tokens, progress):
+                written.append((config.num_hidden_layers - len(config.attn_layers), len(ids)))
+                yield chat, ids
+
+    monkeypatch.setattr(pipeline, "Writer", Recorded)
+    write_window_checkpoint(source, tmp_path / "source")
+    settings = pipeline.Settings(None, own=2000, length=64)
+    rows = pipeline._text(tmp_path, load_delta(converted / "delta.safetensors"), settings, [], None)
+    tokens = {layers: sum(n for by, n in written if by == layers) for layers in (0, 2)}
+    assert sum(tokens.values()) == sum(n for _, n in written)
+    assert min(tokens.values()) >= 1000 and max(tokens.values()) < 2 * min(tokens.values())
+    assert rows.shape[1] == 64 and 64 * len(rows) <= sum(tokens.values())
+
+
 def test_training_goes_on_from_a_delta(source: Path, converted: Path, tmp_path: Path) -> None:
     """With hardly any steps it is still what it was."""
     delta = converted / "delta.safetensors"

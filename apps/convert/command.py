@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="afterwards train it to spike, with this share of the weights silent (0.4: 40 %%)")
     parser.add_argument("--spike-tokens", type=int, metavar="N", help="tokens to do that on (default half of --tokens)")
     parser.add_argument("--own-tokens", type=int, metavar="N",
-                        help="tokens of text that the source writes itself (default: a third of --tokens)")
+                        help="tokens of text that the source writes itself, half of it the hybrid with --start "
+                             "(default: a third of --tokens)")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a training row (default 512)")
     parser.add_argument("--rank", type=int, default=8, metavar="R",
                         help="rank of the corrections to the other weights; 0 trains the GLA layers alone (default 8)")

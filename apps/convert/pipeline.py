@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ SPIKE_K = 8.0                               # fine counts: what is silent is dec
 
 @dataclass(frozen=True)
 class Settings:
-    """What a conversion is asked for; token counts are training tokens, `own` is how many of them the source writes.
+    """What a conversion is asked for; token counts are training tokens, `own` is how many the models write themselves.
 
     spike  share of the weights that shall be silent when it spikes; None: it is not trained to spike
     """
@@ -72,7 +73,7 @@ def convert(source: Path, out: Path, settings: Settings, texts: Sequence[str] = 
     try:
         checkpoint = _source(work, source, settings, report)
         delta = _start(start, checkpoint, settings) if start else None
-        rows = _text(work, checkpoint, settings, texts, report)
+        rows = _text(work, delta, settings, texts, report)
     except SbedgeError:
         if not begun:       # nothing is in there that one would go on with
             shutil.rmtree(work)
@@ -133,16 +134,22 @@ def _start(path: Path, checkpoint: Checkpoint, settings: Settings) -> Delta:
     return delta
 
 
-def _text(work: Path, checkpoint: Checkpoint, settings: Settings, texts: Sequence[str],
+def _text(work: Path, delta: Delta | None, settings: Settings, texts: Sequence[str],
           report: Report | None) -> np.ndarray:
-    """Training rows [N, length]: what the source writes itself, and `texts`."""
+    """Training rows [N, length]: `texts`, and what the source writes itself (with `delta` half of it its hybrid)."""
     file = work / "rows.npy"
     if not file.exists():
         tokenizer = Tokenizer.from_folder(work / "source")
-        writer = Writer(_engine(work), tokenizer, settings.seed, settings.length)
-        progress = (lambda done, total: report("write text", done, total)) if report else None
-        documents = [ids for _, ids in writer.write(settings.own, progress)] if settings.own else []
-        rows = pack(documents, settings.length)
+        writers = {"source": "write text"} if settings.own else {}
+        if delta and settings.own:
+            writers["start"] = "write text as the hybrid does"
+            if not (work / "start").exists():
+                apply_delta(work / "source", replace(delta, spikes=None), work / "start")
+        rows = []
+        for n, (name, stage) in enumerate(writers.items()):
+            writer = Writer(_engine(work / name), tokenizer, settings.seed + n, settings.length)
+            progress = partial(report, stage) if report else None
+            rows += pack((ids for _, ids in writer.write(settings.own // len(writers), progress)), settings.length)
         rows += [row for text in texts for row in pack([tokenizer.encode(text)], settings.length, cut=False)]
         if len(rows) < RANK_ROWS:
             raise InputError(f"there are {len(rows)} training rows of {settings.length} tokens, expected at least "
@@ -164,11 +171,11 @@ def pack(documents: Iterable[Sequence[int]], length: int, *, cut: bool = True) -
     return rows
 
 
-def _engine(work: Path) -> Engine:
-    """The fastest engine that can run the source here."""
-    model = work / ("source.gguf" if ggml_available() else "source-onnx")
+def _engine(checkpoint: Path) -> Engine:
+    """The fastest engine that can run a checkpoint here; what it runs is kept beside it."""
+    model = checkpoint.with_name(f"{checkpoint.name}.gguf" if ggml_available() else f"{checkpoint.name}-onnx")
     if not model.exists():
-        export_model(work / "source", model, format="gguf" if model.suffix else "onnx")
+        export_model(checkpoint, model, format="gguf" if model.suffix else "onnx")
     return open_engine(model)
 
 
