@@ -71,7 +71,7 @@ def test_a_stop_while_an_array_is_written_is_still_a_stop(tmp_path):
         raise SystemExit(143)
 
     def write_until_stopped(delay: float) -> None:
-        signal.setitimer(signal.ITIMER_REAL, delay)
+        signal.setitimer(signal.ITIMER_REAL, delay, 1.0)
         while True:
             write_npy(tmp_path / "a.npy", array)
 
@@ -80,7 +80,9 @@ def test_a_stop_while_an_array_is_written_is_still_a_stop(tmp_path):
         for delay in random.uniform(1e-6, 3e-4, 500):
             with pytest.raises(SystemExit):
                 write_until_stopped(delay)
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     write_npy(tmp_path / "a.npy", array)
     assert np.array_equal(np.load(tmp_path / "a.npy"), array)

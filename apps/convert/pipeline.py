@@ -145,7 +145,7 @@ def _text(work: Path, delta: Delta | None, settings: Settings, texts: Sequence[s
             writers["start"] = "write text as the hybrid does"
             if not (work / "start").exists():
                 apply_delta(work / "source", replace(delta, spikes=None), work / "start")
-        rows = []
+        rows: list[list[int]] = []
         for n, (name, stage) in enumerate(writers.items()):
             writer = Writer(_engine(work / name), tokenizer, settings.seed + n, settings.length)
             progress = partial(report, stage) if report else None

@@ -14,6 +14,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
+from sbedge.apps.files import new_file
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import INPUT_KINDS
 from sbedge.quant.folding import READERS, loudness
@@ -175,7 +176,8 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
         if start // batch % 16 == 15 or start + batch >= N:
             for array in arrays.values():
                 array.flush()
-            progress.write_text(str(min(start + batch, N)), encoding="ascii")
+            with new_file(progress, force=True) as temporary:
+                temporary.write_text(str(min(start + batch, N)), encoding="ascii")
         if report:
             report("ask the source", min(start + batch, N), N)
     return Answers(rows, first, **arrays)
