@@ -23,8 +23,10 @@ from sbedge.export import DEFAULT_QUANT, check_quant, export_model
 from sbedge.quant.ggml_library import ggml_available
 from sbedge.runtime.load import load
 
-NAME, ALL_WINDOW_NAME = f"smollm2-135m-hybrid-{HYBRID_VERSION}", "smollm2-135m"
-HYBRID_NAMES = re.compile(r"smollm2-135m-hybrid(?:-(\d+))?-(?:checkpoint|onnx-[\w-]+|[\w-]+\.gguf)")
+ALL_WINDOW_NAME = "smollm2-135m"
+HYBRID = f"{ALL_WINDOW_NAME}-hybrid"
+NAME = f"{HYBRID}-{HYBRID_VERSION}"
+HYBRID_NAMES = re.compile(HYBRID + r"(?:-(\d+))?-(?:checkpoint|onnx-[\w-]+|[\w-]+\.gguf)")
 FORMAT_OF = {"ggml": "gguf", "onnx": "onnx"}
 
 
@@ -74,7 +76,7 @@ def default_engine() -> str:
 
 def remove_outdated(cache: Path) -> None:
     """Remove what was made of the hybrid's earlier versions (0.5 GB each): nothing takes it any more."""
-    for path in cache.glob("smollm2-135m-hybrid*"):
+    for path in cache.glob(f"{HYBRID}*"):
         found = HYBRID_NAMES.fullmatch(path.name)
         if not found or int(found[1] or 1) >= HYBRID_VERSION:
             continue

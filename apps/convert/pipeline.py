@@ -140,16 +140,7 @@ def _text(work: Path, delta: Delta | None, settings: Settings, texts: Sequence[s
     file = work / "rows.npy"
     if not file.exists():
         tokenizer = Tokenizer.from_folder(work / "source")
-        writers = {"source": "write text"} if settings.own else {}
-        if delta and settings.own:
-            writers["start"] = "write text as the hybrid does"
-            if not (work / "start").exists():
-                apply_delta(work / "source", replace(delta, spikes=None), work / "start")
-        rows: list[list[int]] = []
-        for n, (name, stage) in enumerate(writers.items()):
-            writer = Writer(_engine(work / name), tokenizer, settings.seed + n, settings.length)
-            progress = partial(report, stage) if report else None
-            rows += pack((ids for _, ids in writer.write(settings.own // len(writers), progress)), settings.length)
+        rows = _own_text(work, delta, settings, tokenizer, report) if settings.own else []
         rows += [row for text in texts for row in pack([tokenizer.encode(text)], settings.length, cut=False)]
         if len(rows) < RANK_ROWS:
             raise InputError(f"there are {len(rows)} training rows of {settings.length} tokens, expected at least "
@@ -158,6 +149,27 @@ def _text(work: Path, delta: Delta | None, settings: Settings, texts: Sequence[s
         with new_file(file) as temporary:
             write_npy(temporary, np.array(rows, np.int64)[order])
     return np.load(file)
+
+
+def _own_text(work: Path, delta: Delta | None, settings: Settings, tokenizer: Tokenizer,
+              report: Report | None) -> list[list[int]]:
+    """Rows that the source writes, or half of them the source and half its hybrid."""
+    writers = {"write text": work / "source"}
+    if delta:
+        writers["write text as the hybrid does"] = _made(work / "start", delta, report)
+    rows: list[list[int]] = []
+    for n, (stage, checkpoint) in enumerate(writers.items()):
+        writer = Writer(_engine(checkpoint), tokenizer, settings.seed + n, settings.length)
+        progress = partial(report, stage) if report else None
+        rows += pack((ids for _, ids in writer.write(settings.own // len(writers), progress)), settings.length)
+    return rows
+
+
+def _made(folder: Path, delta: Delta, report: Report | None) -> Path:
+    """The checkpoint that `delta` makes of the source beside `folder`, not spiking, in `folder`."""
+    if not folder.exists():
+        apply_delta(folder.with_name("source"), replace(delta, spikes=None), folder, progress=report)
+    return folder
 
 
 def pack(documents: Iterable[Sequence[int]], length: int, *, cut: bool = True) -> list[list[int]]:
@@ -229,11 +241,9 @@ def _tuned(work: Path, checkpoint: Checkpoint, settings: Settings, rows: np.ndar
 def _spikes(work: Path, settings: Settings, rows: np.ndarray, delta: Delta, report: Report | None) -> dict[str, Any]:
     """How the model that `delta` makes (kept as `work`/tuned) shall spike: silent where that costs least."""
     assert settings.spike is not None
-    if not (work / "tuned").exists():
-        apply_delta(work / "source", replace(delta, spikes=None), work / "tuned", progress=report)
+    tuned = Checkpoint(_made(work / "tuned", delta, report))
     file = work / SPIKES_FILE
     if not file.exists():
-        tuned = Checkpoint(work / "tuned")
         zones = (0.0,) * (tuned.config.num_hidden_layers * len(INPUT_KINDS))
         if settings.spike:
             progress = (lambda done, total, _: report("try silence", done, total)) if report else None
