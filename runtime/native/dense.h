@@ -212,8 +212,8 @@ void dense_matmul(const sbedge_dense* w, const int8_t* codes, const float* scale
 }
 
 template <class Backend>
-constexpr LinearKernels linear_table{spike_encode,       norm_spike_encode, matmul_w8<Backend>,
-                                     matmul_w4<Backend>, block_encode,      dense_matmul<Backend>};
+constexpr LinearKernels linear_table{spike_encode, matmul_w8<Backend>, matmul_w4<Backend>, block_encode,
+                                     dense_matmul<Backend>};
 
 }  // namespace
 }  // namespace sbedge

@@ -99,12 +99,6 @@ void sbedge_spike_encode(const float* x, int64_t n, int64_t width, float k, floa
     current()->linear->spike_encode(x, n, width, k, dead_zone, counts, thresholds, ith, nth);
 }
 
-void sbedge_norm_spike_encode(const float* x, const float* norm_weight, float eps, int64_t n, int64_t width, float k,
-                              float dead_zone, float* normed, int32_t* counts, float* thresholds, int ith, int nth) {
-    current()->linear->norm_spike_encode(x, norm_weight, eps, n, width, k, dead_zone, normed, counts, thresholds, ith,
-                                        nth);
-}
-
 int64_t sbedge_spike_matmul_w8(const sbedge_w8* w, const int32_t* counts, const float* thresholds, int64_t n, float* y,
                                int64_t y_stride, int ith, int nth) {
     return current()->linear->spike_matmul_w8(w, counts, thresholds, n, y, y_stride, ith, nth);

@@ -16,7 +16,6 @@ static inline int64_t passes(int64_t n) { return (n + TOKEN_BLOCK - 1) / TOKEN_B
 
 struct LinearKernels {
     decltype(&sbedge_spike_encode) spike_encode;
-    decltype(&sbedge_norm_spike_encode) norm_spike_encode;
     decltype(&sbedge_spike_matmul_w8) spike_matmul_w8;
     decltype(&sbedge_spike_matmul_w4) spike_matmul_w4;
     decltype(&sbedge_block_encode) block_encode;

@@ -14,7 +14,7 @@ from typing import Any
 
 from .self_check import failing_kernel
 
-ABI = 2
+ABI = 3
 NAMES = ("libsbedge.so", "libsbedge.dylib", "sbedge.dll")
 HERE = Path(__file__).parent
 FOLDERS = (HERE, HERE.parents[1] / "build")
@@ -65,7 +65,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "pool_new": (_P, _INT), "pool_free": (None, _P), "pool_threads": (_INT, _P),
     "pool_run": (None, _P, _P, _P, _INT),
     "spike_encode": (None, _P, _I64, _I64, _F32, _F32, _P, _P, _INT, _INT),
-    "norm_spike_encode": (None, _P, _P, _F32, _I64, _I64, _F32, _F32, _P, _P, _P, _INT, _INT),
     "spike_matmul_w8": (_I64, _P, _P, _P, _I64, _P, _I64, _INT, _INT),
     "spike_matmul_w4": (_I64, _P, _P, _P, _I64, _P, _I64, _INT, _INT),
     "block_encode": (None, _P, _I64, _I64, _P, _P, _P, _INT, _INT),

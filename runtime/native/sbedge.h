@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define SBEDGE_ABI 2
+#define SBEDGE_ABI 3
 #define SBEDGE_GROUP 128 /* input channels that share a weight scale */
 
 SBEDGE_API int sbedge_abi(void);
@@ -51,11 +51,6 @@ SBEDGE_API void sbedge_pool_run(sbedge_pool* pool, void (*work)(void*, int, int)
  * x [n, width] -> counts [n, width], thresholds [n]. The mean is summed in float64 and rounded once. */
 SBEDGE_API void sbedge_spike_encode(const float* x, int64_t n, int64_t width, float k, float dead_zone,
                                     int32_t* counts, float* thresholds, int ith, int nth);
-
-/* The same on rmsnorm(x) * norm_weight; `normed` [n, width] receives the normalized rows too unless NULL. */
-SBEDGE_API void sbedge_norm_spike_encode(const float* x, const float* norm_weight, float eps, int64_t n, int64_t width,
-                                         float k, float dead_zone, float* normed, int32_t* counts, float* thresholds,
-                                         int ith, int nth);
 
 /* Linear layers are stored input-channel-major: a silent channel is a row that is never fetched. Outputs may be cut
  * into stripes of `stripe` outputs (a multiple of 64; 0: one stripe of all), the last one narrower; each stripe is

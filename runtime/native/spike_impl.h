@@ -19,35 +19,31 @@ constexpr int64_t DECODE_TILE = 4096;  // outputs; their int32 sums stay in the 
 
 // --- spike coding --------------------------------------------------------------------------------------------------
 
-// Sum of value(i) in float64, in one fixed order whatever the instruction set.
-template <class Value>
-double sum(int64_t width, Value value) {
+// Sum of |x| in float64, in one fixed order whatever the instruction set.
+double sum_of_sizes(const float* x, int64_t width) {
     constexpr int LANES = 16;
     double lanes[LANES] = {};
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES)
-        for (int j = 0; j < LANES; ++j) lanes[j] += value(i + j);
-    for (int j = 0; i + j < width; ++j) lanes[j] += value(i + j);
+        for (int j = 0; j < LANES; ++j) lanes[j] += __builtin_fabs(double(x[i + j]));
+    for (int j = 0; i + j < width; ++j) lanes[j] += __builtin_fabs(double(x[i + j]));
     double total = 0;
     for (double lane : lanes) total += lane;
     return total;
 }
 
-// Counts of one row given by value(i); NaN counts as silence (a NaN threshold carries it on), and what int32 cannot
-// hold is saturated. Returns the threshold.
-template <class Value>
-float encode_row(int64_t width, float k, float dead_zone, int32_t* counts, Value value) {
+// Counts of one row; NaN counts as silence (a NaN threshold carries it on), and what int32 cannot hold is saturated.
+// Returns the threshold.
+float encode_row(const float* x, int64_t width, float k, float dead_zone, int32_t* counts) {
     constexpr float LARGEST = 2147483520.0f;
-    const double total = sum(width, [&](int64_t i) { return __builtin_fabs(double(value(i))); });
-    const float mean = static_cast<float>(total / width);
+    const float mean = static_cast<float>(sum_of_sizes(x, width) / width);
     float threshold = mean / k;
     threshold = threshold < 1e-5f ? 1e-5f : threshold;
     threshold = threshold > 1e4f ? 1e4f : threshold;
     const float silence = dead_zone * mean;
     for (int64_t i = 0; i < width; ++i) {
-        const float x = value(i);
-        float count = __builtin_rintf(x / threshold);  // half to even in the default rounding mode
-        count = __builtin_fabsf(x) < silence || count != count ? 0.0f : count;
+        float count = __builtin_rintf(x[i] / threshold);  // half to even in the default rounding mode
+        count = __builtin_fabsf(x[i]) < silence || count != count ? 0.0f : count;
         count = count > LARGEST ? LARGEST : count;
         counts[i] = static_cast<int32_t>(count < -LARGEST ? -LARGEST : count);
     }
@@ -57,24 +53,8 @@ float encode_row(int64_t width, float k, float dead_zone, int32_t* counts, Value
 void spike_encode(const float* x, int64_t n, int64_t width, float k, float dead_zone, int32_t* counts,
                   float* thresholds, int ith, int nth) {
     const Range rows = share(n, 1, ith, nth);
-    for (int64_t t = rows.begin; t < rows.end; ++t) {
-        const float* row = x + t * width;
-        thresholds[t] = encode_row(width, k, dead_zone, counts + t * width, [=](int64_t i) { return row[i]; });
-    }
-}
-
-void norm_spike_encode(const float* x, const float* norm_weight, float eps, int64_t n, int64_t width, float k,
-                       float dead_zone, float* normed, int32_t* counts, float* thresholds, int ith, int nth) {
-    const Range rows = share(n, 1, ith, nth);
-    for (int64_t t = rows.begin; t < rows.end; ++t) {
-        const float* row = x + t * width;
-        const double squares = sum(width, [=](int64_t i) { return double(row[i]) * row[i]; });
-        const float size = __builtin_sqrtf(static_cast<float>(squares / width) + eps);
-        const auto value = [=](int64_t i) { return row[i] / size * norm_weight[i]; };
-        thresholds[t] = encode_row(width, k, dead_zone, counts + t * width, value);
-        if (normed)
-            for (int64_t i = 0; i < width; ++i) normed[t * width + i] = value(i);
-    }
+    for (int64_t t = rows.begin; t < rows.end; ++t)
+        thresholds[t] = encode_row(x + t * width, width, k, dead_zone, counts + t * width);
 }
 
 // y = y * threshold + bias
