@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Chat with a real small model in a minute: fetches SmolLM2-135M-Instruct (90 MB, once), makes it a\n"
         "SpikingBrain hybrid of gated linear attention and sliding-window layers (made by `sbedge convert`), exports\n"
         "and runs it. Everything is kept in the cache folder ($SBEDGE_CACHE, else $XDG_CACHE_HOME/sbedge, else\n"
-        "~/.cache/sbedge; 0.7 GB).")
+        "~/.cache/sbedge; 0.8 GB).")
     parser.epilog = 'examples:\n  sbedge demo\n  sbedge demo -p "Why is the sky blue?" --temperature 0'
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="print one reply to TEXT and leave; - reads it")
     parser.add_argument("--engine", choices=list(FORMAT_OF), help="default: ggml if its libraries are there, else onnx")
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all-window", action="store_true",
                         help="the original instead of the hybrid: sliding-window layers only")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="keep checkpoint and export there")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each physical core")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each core this process may use")
     add_chat_options(parser)
 
 

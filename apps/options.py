@@ -20,13 +20,14 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text; all of it is plain text")
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser, *, window: bool = True) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="auto",
                         help="default: the one that runs MODEL; reference is plain NumPy, exact and slow")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each physical core")
-    parser.add_argument("--window", choices=WINDOW_TYPES, default="f32",
-                        help="what keeps keys and values of the sliding windows (default f32); f16, for GGUF files, "
-                             "takes half the memory")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each core this process may use")
+    if window:
+        parser.add_argument("--window", choices=WINDOW_TYPES, default="f32",
+                            help="what keeps keys and values of the sliding windows (default f32); f16, for GGUF "
+                                 "files, takes half the memory")
 
 
 def engine_options(args: argparse.Namespace) -> tuple[str, int | None, str]:

@@ -4,8 +4,8 @@
 
 Prose is read as documents of --document tokens, chats are written by the source (about topics that no conversion trains
 on) and read one by one; the state begins anew each time. Differences are paired, with a 95 % interval from a bootstrap
-over blocks of 128 tokens. Then both answer twenty fixed prompts greedily; a reply
-loops if its end is one piece of up to 40 tokens said three times over.
+over blocks of 128 tokens. Then both answer twenty fixed prompts greedily, and --questions more about those topics; a
+reply loops if its end is one piece of up to 40 tokens said three times over.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
 
 import sbedge
-from sbedge.apps.convert.prompts import HELD_OUT
+from sbedge.apps.convert.prompts import HELD_OUT, chat_prompts
 from sbedge.apps.convert.sampling import Writer
 from sbedge.export.perplexity import Predictions, chunk_tokens
 from sbedge.runtime.engine import Engine
@@ -64,9 +65,9 @@ def loops(ids: Sequence[int], longest: int = 40, times: int = 3) -> bool:
     return False
 
 
-def replies(session: sbedge.Session, count: int) -> list[dict[str, object]]:
+def replies(session: sbedge.Session, prompts: Sequence[str], count: int) -> list[dict[str, object]]:
     out = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         fresh = sbedge.Session(session.engine, session.tokenizer)
         pieces = list(fresh.generate(prompt, max_tokens=count) if prompt == PROMPTS[0]
                       else fresh.chat(prompt, max_tokens=count))
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--document", type=int, default=2048, metavar="N")
     parser.add_argument("--chats", type=int, default=8192, metavar="N", help="tokens of chat")
     parser.add_argument("--reply", type=int, default=200, metavar="N", help="most tokens of a reply; 0 asks nothing")
+    parser.add_argument("--questions", type=int, default=0, metavar="N", help="further prompts to answer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     args = parser.parse_args()
     source, hybrid = sbedge.load(args.source), sbedge.load(args.hybrid)
@@ -100,13 +102,18 @@ def main() -> None:
         results[name] = r = compared(source.engine, hybrid.engine, documents)
         print(f"{name:28s} {r['tokens']} tokens: {r['source']:.2f} -> {r['hybrid']:.2f}, {r['more']:+.1f} % "
               f"[{r['low']:+.1f}, {r['high']:+.1f}]", flush=True)
-    if args.reply:
-        both = replies(source, args.reply), replies(hybrid, args.reply)
-        results["replies"] = [{"prompt": a["prompt"], "source": a, "hybrid": b} for a, b in zip(*both, strict=True)]
+    asked = {"fixed prompts": list(PROMPTS),
+             "questions": list(islice(chat_prompts(np.random.default_rng(3), HELD_OUT), args.questions))}
+    for name, prompts in asked.items() if args.reply else ():
+        if not prompts:
+            continue
+        both = replies(source, prompts, args.reply), replies(hybrid, prompts, args.reply)
+        results[name] = [{"prompt": a["prompt"], "source": a, "hybrid": b} for a, b in zip(*both, strict=True)]
         fresh = [a["prompt"] for a, b in zip(*both, strict=True) if b["loops"] and not a["loops"]]
         counts = [sum(bool(reply["loops"]) for reply in one) for one in both]
-        print(f"loops: source {counts[0]}, hybrid {counts[1]} of {len(PROMPTS)}; only the hybrid: {fresh or 'none'}")
-        print(f"{PROMPTS[0]!r}: {str(both[1][0]['reply'])[:60]!r}")
+        print(f"{name}: of {len(prompts)} replies the source's loop {counts[0]} times, the hybrid's {counts[1]} times; "
+              f"{len(fresh)} times only the hybrid's: {fresh}", flush=True)
+        print(f"  {prompts[0]!r}: {str(both[1][0]['reply'])[:60]!r}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
 

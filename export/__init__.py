@@ -32,13 +32,15 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
 
     format            "gguf" or "onnx"; None: by the suffix of `out`
     quant             one of QUANTS[format]; None: 8 bit, lossless for a W8ASpike checkpoint
-    embedding_quant   the same for embeddings and lm_head; None: 8 bit, or as exact as `quant` where that is lossless
-    spikes            how activations spike, for quants "w8-spike" and "w4-spike"; None: k = 3 and no dead zone
+    embedding_quant   for embeddings and lm_head, no spiking one; None: 8 bit, or as exact as `quant` where that is
+                      lossless
+    spikes            how activations spike, for quants "w8-spike" and "w4-spike"; None: as the checkpoint was
+                      trained to, else k = 3 and no dead zone, or what the calibration chooses
     calibration       a text to round the weights by, and limits to choose within; None: to the nearest
     force             replace an existing `out`
 
-    `out` appears whole or not at all. Raises CheckpointError, TokenizerError (damaged, or not of this model)
-    and ExportError (bad options, existing output, full disk).
+    `out` appears whole or not at all. Raises CheckpointError, TokenizerError (damaged, or not of this model),
+    ExportError (bad options, existing output, full disk) and EngineUnavailable (k-quants need ggml's libraries).
     """
     out = Path(out)
     format = format or format_of(out)

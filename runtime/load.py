@@ -27,13 +27,13 @@ def load(path: str | Path, engine: str = "auto", threads: int | None = None, win
 
     engine   "auto" takes the one that runs the file: "ggml", "onnx", or, for a checkpoint folder, "reference"
              (plain NumPy: exact and slow; export the checkpoint to run it fast)
-    threads  None: as many as there are physical cores
+    threads  None: one for each core this process may use
     window   "f16" keeps keys and values of the sliding windows in half the memory (GGUF files, native kernels): faster
              where windows are full, and as exact as float16 is. Saved states move between both.
 
     Raises ModelFileError or CheckpointError if there is no sound model at `path`, EngineUnavailable if a library
-    is not installed, TokenizerError if the tokenizer does not fit. A model without a tokenizer loads, too: it
-    takes token ids and no text.
+    is not installed, TokenizerError if the tokenizer does not fit, InputError if an option does not. A model without
+    a tokenizer loads, too: it takes token ids and no text.
     """
     from .session import Session
 

@@ -109,6 +109,7 @@ class State:
         """Write a safetensors file, of windows only the slots in use; docs/state.md tells what it holds.
 
         `extra` are texts of the caller's, read back with `load_extra`. The file appears whole or not at all.
+        StateError if it cannot be written.
         """
         arrays = self.written()
         if self.last_logits is not None:

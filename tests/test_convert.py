@@ -314,6 +314,17 @@ def test_training_goes_on_from_a_delta(source: Path, converted: Path, tmp_path: 
     assert np.abs(found - wanted).max() < 0.2 * np.abs(wanted).max()
 
 
+def test_training_to_spike_alone_has_text_and_steps_unless_told_otherwise(
+        source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the example in --help: shares of --tokens would be nothing."""
+    asked: list[pipeline.Settings] = []
+    monkeypatch.setattr(pipeline, "convert", lambda source, out, settings, *_, **__: asked.append(settings))
+    start = ["--start", str(converted / "delta.safetensors"), "--tokens", "0", "--spike", "0.3"]
+    assert cli.main(["convert", str(source), "-o", str(tmp_path / "out"), *start]) == 0
+    assert cli.main(["convert", str(source), "-o", str(tmp_path / "out"), *start, "--spike-tokens", "9000"]) == 0
+    assert [(s.own, s.spike_tokens) for s in asked] == [(166_666, 500_000), (3000, 9000)]
+
+
 @pytest.mark.parametrize(("options", "line"), [
     (["--rank", "1"], "--rank is 1, but the corrections to go on from have 2"),
     (["--gla-layers", "1"], "--gla-layers is 1, but"),

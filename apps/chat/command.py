@@ -18,7 +18,8 @@ from .terminal import Terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("Talk with a chat model. It remembers the conversation in a state of constant size,\n"
-                          "so there is no limit to its length. A chat in a terminal is kept after every turn\n"
+                          "so there is no limit to its length. A chat in a terminal is kept when a reply\n"
+                          "begins, now and then while it comes, and when it ends\n"
                           f"($XDG_STATE_HOME/sbedge, else ~/.local/state/sbedge). In the chat:\n\n{HELP}")
     parser.epilog = ('examples:\n  sbedge chat model.gguf --system "Answer in one sentence."\n'
                      '  sbedge chat model.gguf --resume\n'

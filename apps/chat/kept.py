@@ -1,4 +1,5 @@
-"""Chats on disk: each in a folder of its own, a state file for every branch, written after every turn.
+"""Chats on disk: each in a folder of its own, a state file for every branch, written when a reply begins, while it
+comes and when it ends.
 
     $XDG_STATE_HOME/sbedge/history                              lines typed, for the line editor
     $XDG_STATE_HOME/sbedge/chats/MODEL/STARTED/BRANCH.state     MODEL: all exports of one checkpoint

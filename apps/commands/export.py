@@ -44,9 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="for embeddings and lm_head (default: 8 bit, exact where --quant is)")
     parser.add_argument("--spike-k", type=float, metavar="K",
                         help="w8-spike, w4-spike: firing threshold is mean|x| / K; larger is finer and less silent "
-                             "(default 3)")
+                             "(default: as the checkpoint was trained, else 3; --calibrate chooses for each input)")
     parser.add_argument("--dead-zone", type=float, metavar="Z",
-                        help="w8-spike, w4-spike: channels with |x| below Z * mean|x| stay silent (default 0)")
+                        help="w8-spike, w4-spike: channels with |x| below Z * mean|x| stay silent (default: as the "
+                             "checkpoint was trained, else 0; 1/16 with --calibrate)")
     parser.add_argument("--calibrate", type=Path, metavar="TEXT",
                         help="round the weights so that outputs stay close on this UTF-8 text, 16,000 tokens of prose "
                              "or more; for every quant but f32, f16 and the k-quants. Takes minutes")

@@ -45,14 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N",
                         help=f"read the first N tokens of it (default {TOKENS})")
     parser.add_argument("--spike-k", type=float, metavar="K",
-                        help="for a model that does not spike: firing threshold mean|x| / K (default 3)")
+                        help="for a model that does not spike: firing threshold mean|x| / K (default: as it was "
+                             "trained, else 3)")
     parser.add_argument("--dead-zone", type=float, metavar="Z",
                         help="for a model that does not spike: channels with |x| below Z * mean|x| stay silent "
-                             "(default 0)")
+                             "(default: as it was trained, else none)")
     parser.add_argument("--plots", type=Path, metavar="FOLDER",
                         help="draw into FOLDER, too (reads the text some ten times more; needs matplotlib)")
     parser.add_argument("--plot-format", choices=("svg", "png"), default="svg")
-    add_engine(parser)
+    add_engine(parser, window=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every layer's figures")
 
 

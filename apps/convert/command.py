@@ -9,6 +9,8 @@ from sbedge.apps.progress import steps_bar
 from sbedge.errors import EngineUnavailable, ExportError, InputError
 from sbedge.runtime.engine import default_threads
 
+SPIKE_TOKENS = 500_000      # to train on, where nothing else is
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -20,22 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      "  sbedge chat hybrid.gguf       # after: sbedge export hybrid -o hybrid.gguf\n"
                      "  sbedge convert SmolLM2-135M-Instruct -o spiking --start hybrid.delta --tokens 0 --spike 0.3")
     parser.add_argument("source", type=Path, metavar="SOURCE",
-                        help="Llama or Qwen2: a GGUF file, or a folder with config.json, safetensors and tokenizer")
+                        help="Llama or Qwen2: a GGUF file, or a folder with config.json, safetensors and tokenizer; "
+                             "or a SpikingBrain checkpoint without GLA layers")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="CHECKPOINT", help="folder to write")
     parser.add_argument("--gla-layers", type=int, metavar="N", help="how many layers to convert")
     parser.add_argument("--start", type=Path, metavar="DELTA",
                         help="go on from a delta of an earlier conversion (--delta), instead of choosing layers")
-    parser.add_argument("--window", type=int, metavar="W", help="tokens that the other layers see (default 2048)")
+    parser.add_argument("--window", type=int, metavar="W",
+                        help="tokens that the other layers see (default 2048, or as SOURCE has it)")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
                         help="UTF-8 text to train on, too; may be repeated")
     parser.add_argument("--tokens", type=int, default=1_000_000, metavar="N",
                         help="tokens to train on, repetitions counted (default 1000000; 0 with --start: none)")
     parser.add_argument("--spike", type=float, metavar="SHARE",
                         help="afterwards train it to spike, with this share of the weights silent (0.4: 40 %%)")
-    parser.add_argument("--spike-tokens", type=int, metavar="N", help="tokens to do that on (default half of --tokens)")
+    parser.add_argument("--spike-tokens", type=int, metavar="N",
+                        help=f"tokens to do that on (default half of --tokens; {SPIKE_TOKENS} with --tokens 0)")
     parser.add_argument("--own-tokens", type=int, metavar="N",
                         help="tokens of text that the source writes itself, half of it the hybrid with --start "
-                             "(default: a third of --tokens)")
+                             "(default: a third of --tokens, or of --spike-tokens with --tokens 0)")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a training row (default 512)")
     parser.add_argument("--rank", type=int, default=8, metavar="R",
                         help="rank of the corrections to the other weights; 0 trains the GLA layers alone (default 8)")
@@ -46,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    own = args.tokens // 3 if args.own_tokens is None else args.own_tokens
-    spike = args.tokens // 2 if args.spike_tokens is None else args.spike_tokens
+    spike = args.spike_tokens if args.spike_tokens is not None else args.tokens // 2 or SPIKE_TOKENS
+    own = args.own_tokens if args.own_tokens is not None else (args.tokens or spike) // 3
     for option, value, least in (("--gla-layers", args.gla_layers, 1), ("--window", args.window, 1),
                                  ("--tokens", args.tokens, 0 if args.start else 1), ("--own-tokens", own, 0),
                                  ("--length", args.length, 64), ("--rank", args.rank, 0), ("--seed", args.seed, 0),

@@ -36,7 +36,8 @@ class Dialogue:
 class Writer:
     """Writes sequences of up to `length` tokens with `engine`; the same seed gives the same ones.
 
-    share_chat  of the sequences that are chats; the rest is prose (all of it where the model has no chat template)
+    share_chat   of the sequences that are chats; the rest is prose (all of it where the model has no chat template)
+    temperature  of what is drawn: lower keeps to what is likeliest
     """
 
     engine: Engine
@@ -46,6 +47,7 @@ class Writer:
     sessions: int = 32
     share_chat: float = 0.7
     topics: tuple[str, ...] = TOPICS
+    temperature: float = TEMPERATURE
     random: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class Writer:
 
     def _draw(self, logits: np.ndarray) -> np.ndarray:
         """One id for each row of logits [N, V]."""
-        weights = np.exp((logits - logits.max(1, keepdims=True)) / np.float32(TEMPERATURE))
+        weights = np.exp((logits - logits.max(1, keepdims=True)) / np.float32(self.temperature))
         weights[weights < MIN_P] = 0
         sums = np.cumsum(weights, axis=1, dtype=np.float64)
         return (sums < (self.random.random(len(logits)) * sums[:, -1])[:, None]).sum(1).clip(max=logits.shape[1] - 1)
