@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:        # we are the program: when terminated, tidy up as for any error
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     argv = list(sys.argv[1:] if argv is None else argv)
+    open_streams()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):       # a character the terminal lacks is no reason to stop
             stream.reconfigure(errors="replace")
@@ -48,19 +50,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(argv).parse_args(argv)
         command = import_module(f"sbedge.apps.{COMMANDS[args.command][0]}")
-        return command.run(args) or OK
+        code = command.run(args) or OK
+        sys.stdout.flush()      # a full disk or a reader that has gone shows here at the latest
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): stop quietly, and let the final flush go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:     # the reader of our output has gone (`| head`): stop quietly
+        finish_output()
         return OK
     except Exception as error:
         if debug:
             traceback.print_exc()
+        finish_output()
         line, code = describe(error)
         print(f"sbedge: {one_line(line)}", file=sys.stderr)
         return code
+
+
+def open_streams() -> None:
+    """A stream that the caller has closed (`<&-`) is empty, or leads nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))      # noqa: SIM115 (as long as the process lives)
+
+
+def finish_output() -> None:
+    """Write what was printed. What cannot be written goes nowhere, or the flush at exit would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):     # no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from sbedge.apps.chat.command import add_chat_options, make_chat, start
+from sbedge.apps.chat.command import add_chat_options, chat_sampling, make_chat, start
 from sbedge.apps.chat.loop import show
 from sbedge.apps.chat.terminal import Terminal
 from sbedge.apps.demo_model import (
@@ -16,7 +16,7 @@ from sbedge.apps.demo_model import (
     write_demo_checkpoint,
     write_hybrid_checkpoint,
 )
-from sbedge.apps.options import read_prompt, sampling_from
+from sbedge.apps.options import read_prompt
 from sbedge.apps.progress import progress_bar
 from sbedge.errors import InputError
 from sbedge.export import DEFAULT_QUANT, check_quant, export_model
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_chat_options(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    sampling = sampling_from(args)
+def run(args: argparse.Namespace) -> int:
+    sampling = chat_sampling(args)
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty; give at least one character")
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> None:
     if prompt is None:
         what = "without GLA layers" if args.all_window else "converted to a SpikingBrain hybrid"
         terminal.note(f"SmolLM2-135M {what}: fluent English, loose facts")
-        start(session, model, args)
-    else:
-        chat = make_chat(session, args)
-        show(chat, terminal, (piece.text for piece in chat.reply(prompt)))
+        return start(session, model, args)
+    chat = make_chat(session, args)
+    show(chat, terminal, (piece.text for piece in chat.reply(prompt)))
+    return 0
 
 
 def default_engine() -> str:

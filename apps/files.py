@@ -57,8 +57,8 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())      # mkstemp makes files only their owner can read
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename not in (None, str(temporary)):
-            raise       # trouble with another file, such as one the block reads
+        if error.filename not in (None, str(temporary)) or isinstance(error, BrokenPipeError):
+            raise       # trouble with another file, such as one the block reads, or the standard output
         raise ExportError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         value = getattr(base, option)
         shown = "" if value is None else f" (default {value})"
         group.add_argument(f"--{option.replace('_', '-')}", type=kind, default=value, help=help + shown,
-                           metavar="N" if kind is int else "X")
+                           metavar="N" if kind is int else "X", action=Chosen)
 
     add("temperature", float, "0 takes the most likely token, more is more varied")
     add("top_k", int, "choose among the K most likely; 0: all")
@@ -88,8 +88,26 @@ def add_sampling(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("seed", int, "the same seed gives the same text")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT",
                        help="end the reply before this text; may be repeated")
-    group.add_argument("--logit-bias", action="append", default=[], metavar="ID=VALUE",
+    group.add_argument("--logit-bias", action=ChosenToo, default=[], metavar="ID=VALUE",
                        help="add VALUE to the logit of token ID, -inf bans it; may be repeated")
+    parser.set_defaults(sampling_chosen=False)
+
+
+class Chosen(argparse.Action):
+    """Stores a sampling option, and that one was chosen, as it may be what it is by default."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.sampling_chosen = True
+
+
+class ChosenToo(Chosen):
+    """The same for an option that may be repeated."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        super().__call__(parser, namespace, [*getattr(namespace, self.dest), values], option_string)
 
 
 def sampling_from(args: argparse.Namespace, logprobs: int = 0) -> Sampling:

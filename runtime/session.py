@@ -103,17 +103,18 @@ class Session:
 
         Ends at an end token, at a stop string (left out of the text), or after `max_tokens` (None: never).
         `sampling` replaces the session's for this reply only. Starting anything else on the session ends
-        the iteration. Without a prompt, right after a chat's reply, what comes is still part of that reply.
+        the iteration. Without a prompt, while `can_continue`, what comes is still part of a chat's last reply.
         Raises InputError for an empty prompt or a bad option, before the first piece.
         """
         ids = [] if prompt is None else self._ids(prompt)
         if not ids and not self.pending and self.state.last_logits is None:
             raise InputError("nothing to continue: give a prompt of at least one token")
         reply = self._reply(ids, *self._options(max_tokens, stop, sampling))
-        if ids or stop or self._cut is not None:
-            self._settle()
-        else:
+        if not ids and self.can_continue:
             self._stop()
+            reply = self._said(reply, self._reply_text())
+        else:
+            self._settle()
         self._running = reply
         return reply
 
@@ -139,6 +140,12 @@ class Session:
         reply = self._chat(self._conversation.encode(messages, parts, self.tokenizer), options)
         self._running = reply
         return reply
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether `generate` without a prompt adds to a chat's last reply: nothing was begun or taken back since, and
+        no stop string has ended it."""
+        return self._replying and self._cut is None
 
     def rewind(self, turns: int = 1) -> None:
         """Take back the last `turns` messages of the user and all that followed each.
@@ -187,6 +194,8 @@ class Session:
         cheap enough to call after every turn, and between the pieces of a reply, too. A process that is killed loses
         what came after the last call. Raises StateError if it cannot be written.
         """
+        if self._torn:
+            self._mend()
         self.state.save(path, {"session": self._record().to_json()})
 
     @classmethod
@@ -245,6 +254,8 @@ class Session:
 
     def _advance(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
         """Feed the pending token and `ids`. `tokens` follows what the state took, even if interrupted."""
+        if self._torn:
+            self._mend()
         queue = [*self.pending, *ids]
         for start in range(0, len(queue), CHUNK):
             chunk = queue[start : start + CHUNK]
@@ -263,6 +274,15 @@ class Session:
                     self.state.last_logits = None   # those of an earlier token
             if progress is not None:
                 progress(start + len(chunk), len(queue))
+
+    def _mend(self) -> None:
+        """Bring a torn state to where `tokens` says it is, from the nearest snapshot."""
+        ids, pending = self.tokens, self.pending
+        if self.state.position != len(ids):     # what came before this session is not known
+            raise StateError("an interrupt left the state half way through a token; go on from a saved one")
+        self._reach(ids)
+        self._advance(ids[len(self.tokens):])
+        self.pending = pending
 
     def _prefill(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
         began, read = time.perf_counter(), len(self.tokens)
@@ -317,8 +337,12 @@ class Session:
                 self._prefill(prompt.ids[len(self.tokens) : mark])
                 self._keep()
         self._conversation.begin(prompt)    # only now: an interrupted prompt leaves the conversation as it was
-        self._replying, self._cut, content = True, None, ""
-        for piece in self._reply((), *options):
+        self._replying, self._cut = True, None
+        yield from self._said(self._reply((), *options), "")
+
+    def _said(self, pieces: Iterator[Piece], content: str) -> Iterator[Piece]:
+        """`pieces` of the conversation's reply, which has begun with `content`."""
+        for piece in pieces:
             content += piece.text
             if piece.finish:
                 self._cut = content if piece.finish == "stop" else None

@@ -68,8 +68,8 @@ def write_state_file(path: Path, arrays: Mapping[str, np.ndarray], texts: Mappin
             file.seek(8)
             file.write(_with_checksum(header, f"{checksum:08x}"))
         os.replace(temporary, path)
-    except OSError as error:
-        raise StateError(f"{path}: state cannot be written ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:      # ValueError: a null byte in the name
+        raise StateError(f"{path}: state cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)

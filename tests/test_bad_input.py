@@ -140,8 +140,10 @@ def test_ids_that_are_no_numbers_are_refused(ids: str, tmp_path: Path, fails: Fa
 def test_id_files_that_hold_no_ids_are_refused(tmp_path: Path, fails: Fails) -> None:
     np.save(tmp_path / "floats.npy", np.ones(3))
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04" + bytes(40))
     np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object))
-    for name in ("floats.npy", "broken.npy", "pickle.npy", "absent.txt"):
+    for name in ("floats.npy", "broken.npy", "empty.npy", "zip.npy", "pickle.npy", "absent.txt"):
         line = fails("logits", TINY, "--ids-file", tmp_path / name, "-o", tmp_path / "x.npy")
         assert name in line or "whole numbers" in line
 

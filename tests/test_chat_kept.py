@@ -33,10 +33,11 @@ def shelf(tmp_path: Path) -> Shelf:
     return Shelf(tmp_path / "chats")
 
 
-def chat(model: str, shelf: Shelf, keep: bool = True, sampling: Sampling = USUAL, system: str | None = None) -> Chat:
+def chat(model: str, shelf: Shelf, keep: bool = True, sampling: Sampling | None = None,
+         system: str | None = None) -> Chat:
     session = sbedge.load(model)
-    session.sampling = sampling
-    return Chat(session, max_tokens=6, shelf=shelf, keep=keep, system=system)
+    session.sampling = sampling or USUAL
+    return Chat(session, max_tokens=6, chosen=sampling is not None, shelf=shelf, keep=keep, system=system)
 
 
 def say(chat: Chat, *messages: str) -> None:
@@ -100,6 +101,24 @@ def test_a_long_reply_is_kept_now_and_then(model: str, shelf: Shelf, monkeypatch
     monkeypatch.setattr(Session, "save", lambda session, path: seen.append(path))
     say(there, "hello")
     assert len(seen) > 2
+
+
+def test_the_end_of_a_turn_is_kept_though_its_text_came_with_the_first_piece(
+        model: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was drawn after it, such as an end token, says that the reply is whole."""
+    there, seen = chat(model, shelf), []
+    there.max_tokens = 1
+    monkeypatch.setattr(Session, "save", lambda session, path: seen.append(path))
+    say(there, "hello")
+    assert len(seen) == 2
+
+
+def test_parameters_that_were_set_last_are_kept(model: str, shelf: Shelf) -> None:
+    there = chat(model, shelf)
+    say(there, "hello", "/params temperature 0.5")
+    assert there.kept
+    again = Session.load(there.kept.files()[0], there.session.engine, there.session.tokenizer)
+    assert again.sampling.temperature == 0.5
 
 
 def test_what_did_not_change_is_not_written_again(model: str, shelf: Shelf) -> None:
@@ -193,6 +212,15 @@ def test_what_was_chosen_for_this_chat_wins_over_what_was_kept(model: str, shelf
     second = chat(model, shelf, sampling=Sampling(temperature=0.5), system="Be long.")
     second.resume()
     assert second.session.sampling == Sampling(temperature=0.5) and second.branch.system == "Be long."
+    closed(second)
+    third = chat(model, shelf, sampling=USUAL)
+    third.resume()
+    assert third.session.sampling == USUAL
+    closed(third)
+    fourth = chat(model, shelf)
+    run_command(fourth, "/params temperature 0.7 top_p 0.9")
+    fourth.resume()
+    assert fourth.session.sampling == USUAL
 
 
 def test_without_autosave_a_kept_chat_is_resumed_but_not_written(model: str, shelf: Shelf) -> None:

@@ -262,6 +262,33 @@ def test_generate_after_a_reply_continues_that_reply() -> None:
     check_prompt(session)
 
 
+def test_a_reply_that_is_continued_ends_at_a_stop_string_like_any_other() -> None:
+    session = new()
+    first = say(session, "Hello")
+    pieces = list(session.generate(max_tokens=200, stop=["e"]))
+    assert pieces[-1].finish == "stop" and not session.can_continue
+    reply = first + text_of(pieces)
+    assert session.messages[-1]["content"] == reply
+    say(session, "How")
+    assert [m["content"] for m in session.messages[:3]] == ["Hello", reply, "How"]
+    check_state(session)
+
+
+def test_only_a_reply_that_nothing_followed_can_be_continued() -> None:
+    session = new()
+    assert not session.can_continue
+    say(session, "Hello")
+    assert session.can_continue and session.fork().can_continue
+    session.engine.interrupt_after = len(session.engine.calls)
+    with pytest.raises(KeyboardInterrupt):
+        say(session, "How")
+    session.engine.interrupt_after = None
+    assert not session.can_continue
+    say(session, "How")
+    session.rewind()
+    assert not session.can_continue
+
+
 def test_an_interrupted_prompt_is_not_read_again() -> None:
     session = new()
     long = "Once upon a time there was " * 300
@@ -290,6 +317,27 @@ def test_a_chat_interrupted_anywhere_goes_on_from_a_sound_state(interrupted: str
     check_state(session)
     assert session.messages[-2]["content"] == "and then?"
     check_prompt(session)
+
+
+@pytest.mark.parametrize("interrupted", ["before", "between", "after"])
+@pytest.mark.parametrize("calls", range(1, 16))
+def test_what_is_saved_or_read_on_after_an_interrupt_is_sound(interrupted: str, calls: int, tmp_path: Path) -> None:
+    session = new()
+    say(session, "Hello")
+    session.engine.interrupt_after, session.engine.interrupted = len(session.engine.calls) + calls, interrupted
+    with pytest.raises(KeyboardInterrupt):
+        say(session, "Once upon a time there was " * 150, max_tokens=None)
+    session.engine.interrupt_after = None
+    fork = session.fork()
+    fork.feed("more")
+    check_state(fork)
+    session.save(tmp_path / "s.state")
+    loaded = Session.load(tmp_path / "s.state", session.engine, session.tokenizer)
+    assert loaded.messages == session.messages
+    check_state(loaded)
+    say(loaded, "and then?")
+    check_state(loaded)
+    check_prompt(loaded)
 
 
 # --- what cannot be reused -------------------------------------------------------------------------
@@ -350,7 +398,7 @@ actions = st.lists(st.one_of(
     st.tuples(st.just("system"), words, st.just(0)),
     st.tuples(st.just("rewind"), st.just(""), st.integers(1, 3)),
     st.tuples(st.just("feed"), words, st.just(0)),
-    st.tuples(st.just("more"), st.just(""), st.integers(1, 3)),
+    st.tuples(st.just("more"), st.sampled_from(["", "aeiou"]), st.integers(1, 3)),
     st.tuples(st.just("fork"), st.just(""), st.just(0)),
     st.tuples(st.just("reload"), st.just(""), st.just(0)),
 ), max_size=10)
@@ -373,7 +421,7 @@ def act(session: Session, what: str, text: str, number, path: Path) -> Session:
     elif what == "feed":
         session.feed(text)
     elif what == "more" and session.tokens:
-        list(session.generate(max_tokens=number))
+        list(session.generate(max_tokens=number, stop=list(text)))
     elif what == "fork":
         return session.fork()
     elif what == "reload":

@@ -244,6 +244,16 @@ def test_a_pipe_gets_the_reply_and_nothing_else(model: str, tmp_path: Path) -> N
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.parametrize(("options", "typed", "line"), [
+    (["-n", "0"], b"hello\n", b"--max-tokens is 0"), (["--stop", ""], b"hello\n", b"--stop is empty"),
+    (["--logit-bias", "999=1"], b"hello\n", b"999"), ([], b"/load nothing\n", b"nothing")])
+def test_what_a_pipe_asks_in_vain_ends_with_2(options: list[str], typed: bytes, line: bytes, model: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "sbedge", "chat", model, *options], cwd=ROOT, input=typed,
+                          capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (2, b"") and line in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
 # --- killed and resumed ------------------------------------------------------------------------------
 def test_a_chat_killed_in_mid_reply_resumes_with_at_most_that_reply_lost(model: str, tmp_path: Path) -> None:
     with chat(model, tmp_path, "--temperature", "0", "-n", "5", "--no-color", *ENDLESS) as program:

@@ -122,6 +122,24 @@ def test_a_reader_that_goes_away_is_no_error(model: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("command", [["tokenize"], ["generate", "-n", "1"]])
+def test_output_that_cannot_be_written_is_one_line(model: str, command: list[str]) -> None:
+    name, *options = command
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "sbedge", name, model, "-p", "x", *options], stdout=full,
+                              env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+                              stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "sbedge: No space left on device"
+    assert "Exception" not in done.stderr
+
+
+def test_streams_that_the_caller_closed_are_no_error(model: str) -> None:
+    command = f"{sys.executable} -m sbedge chat {model} -n 2 <&- >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_character_that_the_terminal_lacks_is_no_error(model: str) -> None:
     done = subprocess.run([sys.executable, "-m", "sbedge", "tokenize", model, "-p", "\xe9"],
                           env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, cwd=ROOT)

@@ -203,7 +203,10 @@ def test_save_replaces_its_own_files_and_no_others(chat: Chat, tmp_path: Path) -
     run_command(chat, f"/save {tmp_path / 's'}")
     (tmp_path / "thesis.txt").write_text("ten years of work")
     chat.session.state.save(tmp_path / "state")
-    for name in ("thesis.txt", "state"):
+    reading = sbedge.Session(chat.session.engine, chat.session.tokenizer)
+    reading.feed("a report")
+    reading.save(tmp_path / "report.state")
+    for name in ("thesis.txt", "state", "report.state"):
         with pytest.raises(InputError, match="no saved conversation"):
             run_command(chat, f"/save {tmp_path / name}")
     assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
@@ -211,7 +214,9 @@ def test_save_replaces_its_own_files_and_no_others(chat: Chat, tmp_path: Path) -
 
 @pytest.mark.parametrize(("line", "error"), [
     ("/nonsense", InputError), ("/save", InputError), ("/load", InputError), ("/load /no/such/file", StateError),
-    ("/stats now", InputError), ("/resume", InputError), ("/", InputError)])
+    ("/stats now", InputError), ("/resume", InputError), ("/", InputError),
+    ("/load ~nobody-of-that-name/x", StateError), ("/save ~nobody-of-that-name/x", StateError),
+    ("/load a\0b", StateError), ("/save a\0b", StateError)])
 def test_a_command_that_cannot_be_done_says_so(chat: Chat, line: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         run_command(chat, line)
@@ -230,6 +235,14 @@ def test_there_is_nothing_to_continue_before_the_first_reply(
         chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     loop.talk(chat, Terminal(), lines("/continue"))
     assert "no reply yet" in capsys.readouterr().err
+
+
+def test_a_reply_at_its_end_is_not_continued(chat: Chat) -> None:
+    said(chat, "hello")
+    said(chat, "and?")
+    run_command(chat, "/rewind")
+    with pytest.raises(InputError, match="at its end; send a message"):
+        chat.go_on()
 
 
 def test_a_mistyped_command_is_recognized(chat: Chat) -> None:
@@ -321,7 +334,8 @@ def test_ctrl_c_at_the_prompt_leaves(chat: Chat) -> None:
 
 
 def test_an_error_in_a_turn_does_not_end_the_chat(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
-    loop.talk(chat, Terminal(), lines("/nonsense", "/save /no/such/folder/x", "/save " + "y" * 999, "\udcff", "hello"))
+    bad = "/nonsense", "/save /no/such/folder/x", "/save " + "y" * 999
+    assert not loop.talk(chat, Terminal(), lines(*bad, "\udcff", "hello"))
     err = capsys.readouterr().err
     assert "/nonsense is no command" in err and "/no/such/folder/x" in err and len(chat.session.messages) == 4
     assert chat.session.messages[0]["content"] == "?"
@@ -337,7 +351,7 @@ def test_a_reader_of_the_replies_that_goes_away_ends_the_chat(chat: Chat, monkey
 
 
 def test_a_space_before_a_slash_makes_it_a_message(chat: Chat) -> None:
-    loop.talk(chat, Terminal(), lines(" /etc/hosts is what?"))
+    assert loop.talk(chat, Terminal(), lines(" /etc/hosts is what?"))
     assert chat.session.messages[0]["content"] == " /etc/hosts is what?"
 
 

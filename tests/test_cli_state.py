@@ -94,6 +94,17 @@ def test_the_sampling_of_a_saved_session_goes_on_unless_options_say_otherwise(
     assert warm == "".join(piece.text for piece in session.generate(max_tokens=12)) + "\n" != cold
 
 
+def test_an_option_wins_over_the_saved_sampling_even_if_it_is_the_usual_one(
+        model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = sbedge.load(model)
+    session.sampling = Sampling(temperature=1, seed=3)
+    session.feed(TEXT)
+    session.save(tmp_path / "s.state")
+    expected = "".join(piece.text for piece in sbedge.load(model).generate(TEXT, max_tokens=12)) + "\n"
+    assert out(capsys, "load", model, str(tmp_path / "s.state"), "-n", "12", "--temperature", "0") == expected
+    assert out(capsys, "load", model, str(tmp_path / "s.state"), "-n", "12") != expected
+
+
 def test_save_takes_ids_and_a_bare_state_can_be_loaded(
         model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(out(capsys, "save", model, "--ids", "1,2,3", "-o", str(tmp_path / "a"), "--json"))

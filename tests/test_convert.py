@@ -356,6 +356,19 @@ def test_settings_that_do_not_fit_end_in_one_line_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_delta_that_is_there_is_not_overwritten(source: Path, converted: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    delta = tmp_path / "my.delta"
+    delta.write_bytes((converted / "delta.safetensors").read_bytes())
+    before = delta.stat().st_mtime_ns
+    command = ["convert", str(source), "-o", str(tmp_path / "out"), *OPTIONS, "--delta"]
+    assert cli.main([*command, str(delta)]) == 2
+    assert "my.delta: exists already" in capsys.readouterr().err and delta.stat().st_mtime_ns == before
+    assert cli.main([*command, str(tmp_path / "none" / "my.delta")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [delta]
+
+
 def test_a_source_that_cannot_be_read_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert cli.main(["convert", str(tmp_path / "none"), "-o", str(tmp_path / "out"), *OPTIONS]) == 2

@@ -10,6 +10,7 @@ from sbedge.errors import InputError, StateError
 from sbedge.runtime.generate import Piece
 from sbedge.runtime.sampling import Sampling
 from sbedge.runtime.session import Session
+from sbedge.runtime.session_record import summary
 from sbedge.state import State
 
 from .kept import SUFFIX, KeptChat, Shelf
@@ -37,15 +38,17 @@ class Chat:
     """Branches, of which one is spoken in.
 
     name        of that one
+    chosen      the session's sampling was chosen for this chat: it wins over that of a kept one
     shelf       where chats with this model are kept, None for nowhere
     kept        where this one is kept, None for nowhere
     """
 
     def __init__(self, session: Session, *, system: str | None = None, max_tokens: int | None = 1024,
-                 stop: tuple[str, ...] = (), shelf: Shelf | None = None, keep: bool = False) -> None:
+                 stop: tuple[str, ...] = (), chosen: bool = False, shelf: Shelf | None = None,
+                 keep: bool = False) -> None:
         self.branches = {MAIN: Branch(session, system)}
         self.name = MAIN
-        self.max_tokens, self.stop, self.shelf = max_tokens, stop, shelf
+        self.max_tokens, self.stop, self.chosen, self.shelf = max_tokens, stop, chosen, shelf
         self.kept: KeptChat | None = shelf.new() if shelf and keep else None
 
     @property
@@ -68,6 +71,8 @@ class Chat:
         """More of the last reply."""
         if not self.session.messages:
             raise InputError("there is no reply yet to go on with")
+        if not self.session.can_continue:
+            raise InputError("the last reply is at its end; send a message")
         return self.session.generate(max_tokens=self.max_tokens, stop=self.stop)
 
     def rewind(self, turns: int = 1) -> str:
@@ -112,10 +117,10 @@ class Chat:
         """Write this branch to a file, which may be a former one of its kind but nothing else."""
         if path.exists():
             try:
-                texts = State.load_extra(path)
-            except StateError:
-                texts = {}
-            if "session" not in texts:
+                there = summary(State.load_extra(path)["session"])
+            except (StateError, KeyError, ValueError):
+                there = {"tokens": 1, "messages": []}
+            if there["tokens"] and not there["messages"]:       # what `sbedge state save` has read may have taken long
                 raise InputError(f"{path}: exists and is no saved conversation; choose another name")
         self.session.save(path)
 
@@ -132,10 +137,10 @@ class Chat:
         else:
             self.branches[self.name] = Branch.of(session)
 
-    def keep(self, *, sparing: bool = False) -> None:
-        """Write this branch to where the chat is kept, if anywhere. StateError if that fails."""
+    def keep(self, *, replying: bool = False, sparing: bool = False) -> None:
+        """Write this branch to where the chat is kept, if anywhere; see KeptChat.save. StateError if that fails."""
         if self.kept is not None:
-            self.kept.save(self.name, self.session, sparing=sparing)
+            self.kept.save(self.name, self.session, replying=replying, sparing=sparing)
 
     def resume(self) -> None:
         """Take the last chat off the shelf, with all its branches. InputError or StateError if that cannot be.
@@ -162,7 +167,7 @@ class Chat:
     def _resumed(self, kept: KeptChat, file: Path, chosen: Branch) -> Branch:
         there = chosen.session
         branch = Branch.of(kept.load(file, there.engine, there.tokenizer, there.cache))
-        if there.sampling != USUAL:
+        if self.chosen:
             branch.session.sampling = there.sampling
         branch.system = chosen.system or branch.system
         return branch

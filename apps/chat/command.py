@@ -7,6 +7,7 @@ from pathlib import Path
 from sbedge.apps.options import add_engine, add_model, add_sampling, engine_options, sampling_from
 from sbedge.errors import InputError
 from sbedge.runtime.load import load
+from sbedge.runtime.sampling import Sampling
 from sbedge.runtime.session import Session
 
 from .branches import USUAL, Chat
@@ -39,24 +40,34 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser, temperature=USUAL.temperature, top_p=USUAL.top_p)
 
 
-def run(args: argparse.Namespace) -> None:
-    sampling = sampling_from(args)
+def run(args: argparse.Namespace) -> int:
+    sampling = chat_sampling(args)
     session = load(args.model, *engine_options(args))
     session.sampling = sampling
-    start(session, args.model, args)
+    return start(session, args.model, args)
 
 
-def start(session: Session, model: str | Path, args: argparse.Namespace) -> None:
-    """Talk in the terminal there is."""
+def chat_sampling(args: argparse.Namespace) -> Sampling:
+    """What the options of `add_chat_options` choose. InputError for what can be no chat's, before a model loads."""
+    if args.max_tokens < 1:
+        raise InputError(f"--max-tokens is {args.max_tokens}, expected a whole number from 1")
+    if "" in args.stop:
+        raise InputError("--stop is empty; give at least one character")
+    return sampling_from(args)
+
+
+def start(session: Session, model: str | Path, args: argparse.Namespace) -> int:
+    """Talk in the terminal there is; the exit code: not 0 if something in a pipe could not be answered."""
     terminal = Terminal.found(not args.no_color)
     chat = make_chat(session, args, Shelf(chats_folder(model, session.engine)),
                      keep=(terminal.person or args.resume) and not args.no_autosave)
     if args.resume:
         chat.resume()
-    talk(chat, terminal)
+    return 0 if talk(chat, terminal) or terminal.person else 2
 
 
 def make_chat(session: Session, args: argparse.Namespace, shelf: Shelf | None = None, keep: bool = False) -> Chat:
     if session.tokenizer.chat_template is None:
         raise InputError("this model has no chat template, so it cannot chat; use `sbedge generate`")
-    return Chat(session, system=args.system, max_tokens=args.max_tokens, stop=tuple(args.stop), shelf=shelf, keep=keep)
+    return Chat(session, system=args.system, max_tokens=args.max_tokens, stop=tuple(args.stop),
+                chosen=args.sampling_chosen, shelf=shelf, keep=keep)

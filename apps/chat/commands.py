@@ -1,6 +1,7 @@
 """Slash commands: what a line that begins with a slash does to a chat."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -77,6 +78,7 @@ def params(chat: Chat, text: str) -> str:
         raise InputError(f"max_tokens is {limit}, expected a whole number from 1, or none for no limit")
     if sampling != chat.session.sampling:
         chat.session.sampling = sampling
+    chat.chosen |= bool(chosen)
     chat.max_tokens = limit
     shown = {name: getattr(sampling, name) for name in KINDS} | {MAX_TOKENS: limit}
     return "\n".join(f"{name:20}{'none' if value is None else value}" for name, value in shown.items())
@@ -105,14 +107,14 @@ def stats(chat: Chat, _: str) -> str:
 
 
 def save(chat: Chat, name: str) -> str:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     chat.save(path)
     return f"saved to {name} ({megabytes(path.stat().st_size)})"
 
 
 def load(chat: Chat, name: str) -> str:
     before = chat.name
-    chat.load(Path(name).expanduser())
+    chat.load(Path(os.path.expanduser(name)))
     back = f"; /switch {before} goes back" if chat.name != before else ""
     return f"loaded {name}: {where(chat)}{back}"
 

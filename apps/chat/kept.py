@@ -45,12 +45,14 @@ def chats_folder(model: str | Path, engine: Engine) -> Path:
     return state_home() / "chats" / hashlib.sha256(key.encode()).hexdigest()[:16]   # what a model file says is no path
 
 
+NOTHING = 0
+
+
 def mark(session: Session) -> int:
-    """Another number once the conversation is another one. A prompt that was read half way has not changed it."""
-    return hash(tuple((message["role"], message["content"]) for message in session.messages))
-
-
-NOTHING = hash(())
+    """Another number once the conversation or its sampling is another one. A prompt that was read half way has not
+    changed it."""
+    messages = tuple((message["role"], message["content"]) for message in session.messages)
+    return hash((messages, repr(session.sampling))) if messages else NOTHING
 
 
 class KeptChat:
@@ -60,7 +62,7 @@ class KeptChat:
         self.folder = folder
         self._lock: int | None = None
         self._due = 0.0
-        self._saved: dict[str, int] = {}
+        self._saved: dict[str, int | None] = {}     # by branch; None: in the midst of a reply
 
     def files(self) -> list[Path]:
         """One for each branch, the one last saved first."""
@@ -94,8 +96,11 @@ class KeptChat:
             left_over.unlink(missing_ok=True)
         return True
 
-    def save(self, branch: str, session: Session, *, sparing: bool = False) -> None:
-        """Write a branch if there is anything new. `sparing`: not if it was written a short time ago.
+    def save(self, branch: str, session: Session, *, replying: bool = False, sparing: bool = False) -> None:
+        """Write a branch if there is anything new.
+
+        replying  a reply is under way; at its end there is something new even if its text stays the same
+        sparing   not if it was written a short time ago
 
         StateError if that fails.
         """
@@ -108,7 +113,7 @@ class KeptChat:
         if self._lock is None and not self.open():
             raise StateError(f"{self.folder}: another process has this chat open; it is not kept")
         session.save(self.folder / f"{branch}{SUFFIX}")
-        self._saved[branch] = now
+        self._saved[branch] = None if replying else now
 
     def load(self, file: Path, engine: Engine, tokenizer: Tokenizer, cache: StateCache) -> Session:
         """One of `files`. StateError as `Session.load`."""

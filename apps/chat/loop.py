@@ -19,15 +19,17 @@ from .terminal import CtrlC, Terminal, quiet_keys
 Read = Callable[[], str]        # one message; raises EOFError or KeyboardInterrupt to leave
 
 
-def talk(chat: Chat, terminal: Terminal, read: Read | None = None) -> None:
-    """A conversation until the end of input, Ctrl-C at the prompt, or /quit."""
+def talk(chat: Chat, terminal: Terminal, read: Read | None = None) -> bool:
+    """A conversation until the end of input, Ctrl-C at the prompt, or /quit; whether all that was asked was done."""
     if terminal.person:
         greet(chat, terminal)
     read = read or reader(chat, terminal)
-    while take_turn(chat, terminal, read):
-        pass
+    done = True
+    while (turn := take_turn(chat, terminal, read)) is not None:
+        done &= turn
     if terminal.person and chat.kept and chat.kept.when:
         terminal.note("kept; --resume goes on with it")
+    return done
 
 
 def greet(chat: Chat, terminal: Terminal) -> None:
@@ -51,7 +53,7 @@ def show_last(chat: Chat, terminal: Terminal) -> None:
         view = reply_view(terminal)
         view.write(message["content"])
         view.end()
-    if chat.session.pending:
+    if chat.session.can_continue and chat.session.pending:
         terminal.note("that reply was cut short; /continue goes on with it")
 
 
@@ -77,34 +79,38 @@ def read_message(prompt: str) -> str:
             return "\n".join(lines)
 
 
-def take_turn(chat: Chat, terminal: Terminal, read: Read) -> bool:
-    """Read a message and act on it; False when the conversation is over."""
+def take_turn(chat: Chat, terminal: Terminal, read: Read) -> bool | None:
+    """Read a message and act on it; whether that could be done, None when the conversation is over."""
+    done = True
     try:
         line = read()
     except (EOFError, KeyboardInterrupt):
         if terminal.person and not terminal.editing:
             print(file=sys.stderr)      # the editor ends its line itself
-        return False
+        return None
     with quiet_keys():
         try:
             act(chat, terminal, line)
         except Exit:
-            return False
+            return None
         except KeyboardInterrupt:
             terminal.note("stopped")
         except SbedgeError as error:
+            done = False
             terminal.note(str(error))
         except OSError as error:
             if error.filename is None:      # no file the user named: whoever reads our output has gone
                 raise
+            done = False
             terminal.note(f"{error.filename}: {error.strerror}")
         keep(chat, terminal)
-    return True
+    return done
 
 
 def keep(chat: Chat, terminal: Terminal) -> None:
     try:
-        chat.keep()
+        with CtrlC():       # waits until it is written
+            chat.keep()
     except StateError as error:
         terminal.note(f"this turn is not kept: {error}")
 
@@ -143,7 +149,7 @@ def show(chat: Chat, terminal: Terminal, texts: Iterator[str]) -> None:
                 ctrl_c.waits = True
                 view.write(text)
                 with suppress(StateError):      # told at the end of the turn
-                    chat.keep(sparing=i > 0)
+                    chat.keep(replying=True, sparing=i > 0)
                 if ctrl_c.pressed:
                     raise KeyboardInterrupt
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def read_ids(text: str | None, file: Path | None) -> np.ndarray:
     if file is not None and file.suffix == ".npy":
         try:
             return np.load(file, allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError, BadZipFile) as error:
             raise InputError(f"{file}: not a .npy array of token ids ({error})") from None
     try:
         text = file.read_text(encoding="utf-8") if file is not None else text or ""

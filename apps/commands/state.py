@@ -25,7 +25,6 @@ from sbedge.apps.options import (
 from sbedge.apps.state_view import StateView
 from sbedge.apps.text import one_line
 from sbedge.runtime.load import load
-from sbedge.runtime.sampling import Sampling
 from sbedge.runtime.session import Session
 from sbedge.state import State
 from sbedge.state_file import StateFile
@@ -110,7 +109,7 @@ def run_load(args: argparse.Namespace) -> None:
 def say(args: argparse.Namespace) -> Session:
     """Print what the model says next. The file's own sampling goes on, dice and all, unless options ask otherwise."""
     prompt, sampling, session = prompt_of(args), sampling_from(args), open_session(args)
-    if sampling != Sampling():
+    if args.sampling_chosen:
         session.sampling = sampling
     pieces = []
     for piece in session.generate(prompt, max_tokens=args.max_tokens, stop=args.stop):

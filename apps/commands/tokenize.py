@@ -42,7 +42,7 @@ def read_lines(file: Path) -> list[str]:
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             text = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise InputError(f"{file}: line {number} is not a JSON string")

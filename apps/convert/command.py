@@ -70,6 +70,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--spike is {args.spike:g}, expected a share from 0 to 0.9")
     if args.output.exists():
         raise ExportError(f"{args.output}: exists already; choose another name or remove it first")
+    if args.delta and args.delta.exists() and not args.resume:
+        raise ExportError(f"{args.delta}: exists already; choose another name or remove it first")
+    if args.delta and not args.delta.parent.is_dir():
+        raise ExportError(f"{args.delta.parent}: no such folder to write {args.delta.name} in")
     texts = [read_text(file) for file in args.text]
     if not torch_installed():
         raise EngineUnavailable("conversion trains with torch, which is not installed; pip install 'sbedge[convert]'")
