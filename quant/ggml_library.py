@@ -38,6 +38,7 @@ class InitParams(c.Structure):
 
 # Called thousands of times to build a graph, each for a microsecond: through PyDLL, which keeps the GIL.
 _BUILD: dict[str, tuple[Any, ...]] = {
+    "ggml_cpu_has_avx2": (_INT,), "ggml_cpu_has_dotprod": (_INT,),
     "ggml_log_set": (None, LOG_CALLBACK, _P), "ggml_init": (_P, InitParams), "ggml_free": (None, _P),
     "ggml_tensor_overhead": (_SIZE,), "ggml_graph_overhead_custom": (_SIZE, _SIZE, _BOOL),
     "ggml_new_tensor": (_P, _P, _INT, _INT, _P), "ggml_set_input": (None, _P), "ggml_set_output": (None, _P),

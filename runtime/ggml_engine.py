@@ -159,6 +159,7 @@ class GgmlEngine:
         if self._batch is None or self._batch[0] != key:
             if self._batch:
                 self._batch[1].close()
+                self._batch = None
             graph = Graph(self.config, self._weights, [dict(state.arrays) for state in states],
                           [state.block for state in states], len(states), self.config.sliding_window, len(states),
                           self.threads, self._pool)
@@ -230,6 +231,7 @@ class _Bound:
         if self.decode is None or (self.decode.length, self.decode.n_logits) != (length, n_logits):
             if self.decode:
                 self.decode.close()
+                self.decode = None
             self.decode = self._new(1, length, n_logits, None)
         return self.decode
 

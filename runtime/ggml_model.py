@@ -121,8 +121,8 @@ class Forward:
         threshold = op.clamp(op.div(mean, self.leaf[k_leaf(k)]), MIN_SCALE, MAX_SCALE)
         counts = self.rounded(op.div(x, threshold))
         if dead_zone:
-            live = op.step(op.sub(op.abs(x), op.scale(mean, dead_zone)))
-            counts = op.mul(counts, live)
+            silent = op.step(op.sub(op.scale(mean, dead_zone), op.abs(x)))
+            counts = op.mul(counts, op.scale_bias(silent, -1.0, 1.0))
         return op.mul(counts, threshold)
 
     def rounded(self, x: int) -> int:

@@ -84,8 +84,15 @@ class NativeForward(Forward):
         return Spikes(tensor, width)
 
     # --- linears ---------------------------------------------------------------------------------------
+    def linear(self, stem: str, x: int) -> int:
+        y = self.product([stem], x, self.n)
+        return super().linear(stem, x) if y is None else y
+
     def linears(self, i: int, stems: tuple[str, ...], x: Any) -> int:
-        y = self.product([f"blk.{i}.{stem}" for stem in stems], x, self.n)
+        names = [f"blk.{i}.{stem}" for stem in stems]
+        y = self.product(names, x, self.n)
+        if y is None and len(stems) > 1 and not self.dense.keys().isdisjoint(names):    # in various formats
+            return self.concat([self.linears(i, (stem,), x) for stem in stems])
         return super().linears(i, stems, x) if y is None else y
 
     def lm_head(self, stem: str, x: int, n: int) -> int:

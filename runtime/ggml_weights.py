@@ -30,9 +30,11 @@ from .ggml_linears import (
 from .native.library import load_native
 
 REPACKED = "Q4_0"       # ggml's interleaved layout: 1.2 to 1.4 times faster; other types crash or gain nothing
+REPACKED_ROWS = 8       # it takes whole multiples of so many and crashes at any others
 GROUPS = (("attn_q.weight", "attn_k.weight", "attn_v.weight"), ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
           ("ffn_gate.weight", "ffn_up.weight"))
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SPIKING_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_gk", "attn_output", "ffn_gate", "ffn_up")
 EMBEDDINGS = "token_embd.weight"
 SMALL_WEIGHTS = 1 << 20     # of a matrix that a single thread of ggml's multiplies without being missed by the others
 ALIGNMENT = 64
@@ -62,7 +64,8 @@ class GgmlWeights:
         self._memory: list[np.ndarray] = []     # what the tensors point into
         self._buffers: list[int] = []
         self._repack = repack_buffer_type(self.f)
-        self.context = self.f.init(InitParams(self.f.tensor_overhead() * (len(file.tensors) + 8), None, True))
+        count = len(file.tensors) + config.num_hidden_layers    # a layer's biases are there joined, too
+        self.context = self.f.init(InitParams(self.f.tensor_overhead() * (count + 8), None, True))
         sources = self._mapped(file)
         if self.native:
             self.events, held = native_events(file)
@@ -78,8 +81,11 @@ class GgmlWeights:
             sources |= self._decoded(file)
         for unit in _units(config, sources):
             joined = _join([sources[name] for name in unit])
-            for name, source in [("+".join(unit), joined)] if joined else [(n, sources[n]) for n in unit]:
-                self._add(name, source)
+            if joined:
+                self._add("+".join(unit), joined)
+            if not joined or unit[0].endswith(".bias"):     # a linear in a format of its own needs its own bias
+                for name in unit:
+                    self._add(name, sources[name])
 
     def close(self) -> None:
         for buffer in self._buffers:
@@ -116,7 +122,7 @@ class GgmlWeights:
         sizes = (ctypes.c_int64 * len(source.shape))(*reversed(source.shape))
         tensor = self.f.new_tensor(self.context, TYPES[source.type].number, len(source.shape), sizes)
         # Row look-ups need the plain layout.
-        if source.type == REPACKED and self._repack and name != EMBEDDINGS:
+        if source.type == REPACKED and self._repack and name != EMBEDDINGS and source.shape[0] % REPACKED_ROWS == 0:
             buffer = self.f.backend_buft_alloc_buffer(self._repack, source.nbytes + ALIGNMENT)
             self._buffers.append(buffer)
             self.f.backend_tensor_alloc(buffer, tensor, self.f.backend_buffer_get_base(buffer))
@@ -130,7 +136,8 @@ class GgmlWeights:
 def _needs_ggml(sources: dict[str, _Source], dense: dict[str, NativeLinear]) -> bool:
     """Whether a matrix large enough to need all threads is in a format that only ggml multiplies."""
     return any(prod(source.shape) > SMALL_WEIGHTS and name.removesuffix(".weight") not in dense
-               for name, source in sources.items() if len(source.shape) == 2 and not _only_looked_up(name, sources))
+               for name, source in sources.items()
+               if name.endswith(".weight") and len(source.shape) == 2 and not _only_looked_up(name, sources))
 
 
 def _only_looked_up(name: str, sources: dict[str, _Source]) -> bool:
@@ -166,10 +173,14 @@ def _join(parts: list[_Source]) -> _Source | None:
 def check_tensors(file: GgufFile, config: ModelConfig) -> None:
     """ModelFileError unless the file holds exactly the tensors of `config`, in shapes and types we run."""
     known: set[str] = set()
+    events: dict[str, bool] = {}    # linears whose inputs spike: whether they are in event layout
     for name, shape in expected_gguf_tensors(config).items():
-        if parts := check_event_layout(file, name, shape):
-            known |= parts
-            continue
+        if input_spikes(config, name):
+            parts = check_event_layout(file, name, shape)
+            events[name] = bool(parts)
+            if parts:
+                known |= parts
+                continue
         known.add(name)
         found = file.tensors.get(name)
         if found is None:
@@ -179,6 +190,16 @@ def check_tensors(file: GgufFile, config: ModelConfig) -> None:
                                  f"expected shape {list(shape)}")
     if extra := file.tensors.keys() - known:
         raise ModelFileError(f"{file.path}: tensor {min(extra)} is not part of this architecture")
+    if len(set(events.values())) > 1:
+        plain = next(name for name, is_event in events.items() if not is_event)
+        raise ModelFileError(f"{file.path}: tensor {plain} is plain, but other linears are in event layout; expected "
+                             "all or none")
+
+
+def input_spikes(config: ModelConfig, name: str) -> bool:
+    """Whether the tensor `name` is the weight of a linear that takes spikes."""
+    linear = name.split(".")[2] if name.startswith("blk.") and name.endswith(".weight") else ""
+    return bool(config.spike_k) and (linear in SPIKING_LINEARS or (linear == "ffn_down" and config.spike_down))
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:
@@ -188,7 +209,9 @@ def aligned_empty(nbytes: int) -> np.ndarray:
 
 
 def repack_buffer_type(f) -> int | None:
-    """ggml's buffer type of interleaved weights, or None where this build has none."""
+    """ggml's buffer type of interleaved weights, or None where this build or processor has none for Q4_0."""
+    if not f.cpu_has_avx2() and not f.cpu_has_dotprod():
+        return None
     register = f.backend_cpu_reg()
     address = f.backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
     if not address:

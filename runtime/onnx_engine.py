@@ -39,7 +39,7 @@ class OnnxEngine:
     """
 
     def __init__(self, folder: str | Path, *, threads: int | None = None):
-        folder = Path(folder)
+        folder = self._folder = Path(folder)
         config, ops = open_folder(folder)
         self.config: ModelConfig = config
         self.fingerprint = read_fingerprint(folder / "config.json")
@@ -83,11 +83,17 @@ class OnnxEngine:
         for name, array in inputs.items():      # `inputs` keeps the arrays alive during the run
             binding.bind_cpu_input(name, array)
         binding.bind_output("logits", "cpu", 0, np.float32, (1, *logits.shape), logits.ctypes.data)
+        failed = False
         try:
             self._session.run_with_iobinding(binding, self._run_options)
+        except Exception as error:
+            failed = True
+            raise ModelFileError(f"{self._folder}: onnxruntime {ort.__version__} cannot run it ({reason(error)}); "
+                                 "export it again") from None
         finally:        # Python notices an interrupt only after the run, when the arrays have moved on
-            state.position += len(ids)
-            state.last_logits = logits[-1].copy() if len(logits) else None
+            if not failed:
+                state.position += len(ids)
+                state.last_logits = logits[-1].copy() if len(logits) else None
 
     def _binding(self, state: State) -> ort.IOBinding:
         """The state's arrays as past and as present, bound once for each block of memory."""
@@ -133,10 +139,14 @@ def session_options(threads: int, ops: set[str]) -> ort.SessionOptions:
 def open_session(folder: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-    except Exception as error:      # onnxruntime raises many kinds, with no common base
-        reason = " ".join(str(error).split())[:300]
-        raise ModelFileError(f"{folder / 'model.onnx'}: onnxruntime {ort.__version__} cannot load it ({reason}); "
-                             "export it again, or update onnxruntime") from None
+    except Exception as error:
+        raise ModelFileError(f"{folder / 'model.onnx'}: onnxruntime {ort.__version__} cannot load it "
+                             f"({reason(error)}); export it again, or update onnxruntime") from None
+
+
+def reason(error: Exception) -> str:
+    """What onnxruntime says, in a line; it raises many kinds, with no common base."""
+    return " ".join(str(error).split())[:300]
 
 
 def chunk_tokens(config: ModelConfig) -> int:

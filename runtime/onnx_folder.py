@@ -105,7 +105,7 @@ def check_interface(model: onnx.ModelProto, config: ModelConfig, path: Path) -> 
         past, present = io_names(name)
         inputs[past] = outputs[present] = helper.np_dtype_to_tensor_dtype(dtype), 1, *shape
     for kind, wanted, values in (("input", inputs, model.graph.input), ("output", outputs, model.graph.output)):
-        found = {value.name: interface(value) for value in values}
+        found = {str(value.name): interface(value) for value in values}     # bytes where it is no UTF-8
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise ModelFileError(
@@ -154,9 +154,9 @@ def check_data(tensor: TensorProto, folder: Path) -> None:
     """An external tensor lies inside a file of this folder, with the size its shape asks for."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return
-    name = tensor.name[:80]
+    name = str(tensor.name)[:80]
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
+    location = str(entries.get("location", ""))
     if Path(location).name != location or location in ("", ".", ".."):
         raise ModelFileError(f"{folder / 'model.onnx'}: tensor {name} lies in {location[:80]!r}, "
                              "expected a plain file name in the same folder")

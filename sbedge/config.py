@@ -210,8 +210,8 @@ def _token(raw: Mapping[str, Any], key: str, source: str) -> int | None:
     value = raw.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"{source}: {key} is {value!r}, expected a token id")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SIZE:
+        raise CheckpointError(f"{source}: {key} is {value!r:.40}, expected a token id")
     return value
 
 

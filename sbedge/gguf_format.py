@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .checkpoint import expected_tensors
+from .checkpoint import MAX_LAYERS, expected_tensors
 from .config import GATE_RANK, ModelConfig
 from .errors import CheckpointError, ModelFileError
 
@@ -106,6 +106,8 @@ def config_from_metadata(metadata: Mapping[str, Any], source: str) -> ModelConfi
     pattern = metadata.get(f"{ARCHITECTURE}.{WINDOW_PATTERN}")
     if not isinstance(pattern, list) or len(pattern) != raw.get("num_hidden_layers"):
         raise ModelFileError(f"{source}: {WINDOW_PATTERN} must hold one boolean a layer")
+    if len(pattern) > MAX_LAYERS:
+        raise ModelFileError(f"{source}: has {len(pattern)} layers, expected at most {MAX_LAYERS}")
     raw["attn_layers"] = [i for i, is_window in enumerate(pattern) if is_window]
     try:
         return ModelConfig.from_dict(raw, source=source)

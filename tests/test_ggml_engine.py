@@ -219,27 +219,32 @@ def test_two_sessions_in_threads_do_not_disturb_each_other(tiny_pair):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_file_with_a_missing_or_wrong_tensor_is_refused_by_name(tmp_path):
+def rewritten(source, path, change, **keys):
+    """A copy of a GGUF file; `change(name, data)` of each tensor gives data, None to leave it out, or {name: (data,
+    type)} in its place. `keys` are metadata without their prefix, '_' for '.'."""
     import gguf
 
-    def rewrite(path, change):
-        reader = gguf.GGUFReader(source)
-        writer = gguf.GGUFWriter(path, "spikingbrain")
-        writer.add_custom_alignment(reader.alignment)
-        for field in reader.fields.values():
-            if field.name.partition(".")[0] != "GGUF" and field.name not in writer.kv_data[0]:
-                writer.add_key_value(field.name, field.contents(), field.types[0],
-                                     field.types[1] if len(field.types) > 1 else None)
-        for tensor in reader.tensors:
-            data = change(tensor.name, np.array(tensor.data))
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, "spikingbrain")
+    writer.add_custom_alignment(reader.alignment)
+    for field in reader.fields.values():
+        if field.name.partition(".")[0] != "GGUF" and field.name not in writer.kv_data[0]:
+            value = keys.get(field.name.removeprefix("spikingbrain.").replace(".", "_"), field.contents())
+            writer.add_key_value(field.name, value, field.types[0], field.types[1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        new = change(tensor.name, np.array(tensor.data))
+        new = new if isinstance(new, dict) else {tensor.name: (new, tensor.tensor_type)}
+        for name, (data, kind) in new.items():
             if data is not None:
-                writer.add_tensor(tensor.name, data)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+                writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
+
+def test_a_file_with_a_missing_or_wrong_tensor_is_refused_by_name(tmp_path):
     source = tmp_path / "m.gguf"
     write_gguf(Checkpoint(TINY), source, quant="f32")
     wrong = {
@@ -248,7 +253,77 @@ def test_a_file_with_a_missing_or_wrong_tensor_is_refused_by_name(tmp_path):
     }
     for what, change in wrong.items():
         with pytest.raises(ModelFileError, match=r"blk\.1\.attn_k\.weight.*" + what):
-            GgmlEngine(rewrite(tmp_path / "bad.gguf", change))
+            GgmlEngine(rewritten(source, tmp_path / "bad.gguf", change))
+
+
+def test_event_layouts_where_nothing_spikes_are_refused(tmp_path):
+    from gguf import GGMLQuantizationType as Type
+
+    source, as_it_is = tmp_path / "m.gguf", lambda name, data: data
+    write_gguf(Checkpoint(write_tiny_checkpoint(tmp_path / "c")), source, quant="w8-spike")
+
+    def renamed(old, new):
+        return lambda name, data: {new: (data, Type.F32)} if name == old else data
+
+    def plain(name, data):
+        if name == "blk.2.ffn_up.codes":
+            return {"blk.2.ffn_up.weight": (np.zeros((96, 64), np.float32), Type.F32)}
+        return None if name == "blk.2.ffn_up.scales" else data
+
+    for change, keys, line in (
+            (renamed("output_norm.weight", "output_norm.codes"), {}, r"output_norm\.weight is missing"),
+            (renamed("token_embd.weight", "token_embd.codes"), {}, r"token_embd\.weight is missing"),
+            (as_it_is, {"spike_k": 0.0}, r"blk\.0\.attn_q\.weight is missing"),
+            (as_it_is, {"spike_down": False}, r"blk\.0\.ffn_down\.weight is missing"),
+            (plain, {}, r"blk\.2\.ffn_up\.weight is plain.*all or none")):
+        with pytest.raises(ModelFileError, match=line) as error:
+            GgmlEngine(rewritten(source, tmp_path / "bad.gguf", change, **keys))
+        assert "\n" not in str(error.value)
+
+
+def test_linears_of_one_input_may_have_different_formats(tmp_path):
+    """As programs mix them that quantize by their own lights."""
+    from gguf import GGMLQuantizationType as Type
+    from gguf import quants
+
+    source = tmp_path / "m.gguf"
+    write_gguf(Checkpoint(TINY), source, quant="f32")
+
+    def mixed(name, data):
+        if name.rpartition("blk.")[2].partition(".")[2] in ("attn_q.weight", "ffn_up.weight", "attn_gk_a.weight"):
+            return {name: (quants.quantize(data, Type.Q8_0), Type.Q8_0)}
+        return data
+
+    engine, reference = GgmlEngine(rewritten(source, tmp_path / "mixed.gguf", mixed)), Reference(TINY)
+    ids = ids_of(engine.config, 40)
+    for sizes in ((), [1] * 40):
+        assert kl_divergence(run(reference, ids)[0], run(engine, ids, sizes)[0]) < 0.005
+
+
+@pytest.mark.parametrize("vocab_size", [128, 132, 129])
+def test_q4_0_matrices_of_any_height_run_on_ggml_itself(vocab_size, tmp_path, monkeypatch):
+    """Its interleaved layout takes multiples of 8 rows and nothing else."""
+    monkeypatch.setattr("sbedge.runtime.ggml_weights.load_native", lambda: None)
+    folder = write_tiny_checkpoint(tmp_path / "c", vocab_size=vocab_size)
+    engine = export(folder, tmp_path / "m.gguf", "q4_0", embedding_quant="q4_0")
+    logits, _ = run(engine, ids_of(engine.config, 20))
+    assert kl_divergence(run(Reference(folder), ids_of(engine.config, 20))[0], logits) < 1
+
+
+def test_scales_of_event_layouts_are_no_matrices_that_only_ggml_multiplies():
+    """Those of a 7B w4-spike file have a million entries: its products stay on our threads all the same."""
+    from sbedge.runtime.ggml_weights import SMALL_WEIGHTS, _needs_ggml, _Source
+    large = _Source("F16", (64, SMALL_WEIGHTS // 32), 0, 0, 0)
+    assert not _needs_ggml({"blk.0.ffn_up.scales": large}, {})
+    assert _needs_ggml({"blk.0.ffn_up.weight": large}, {})
+
+
+def test_an_absurd_number_of_layers_is_refused_before_anything_is_made_of_it(tmp_path):
+    from sbedge.gguf_format import config_from_metadata
+    metadata = {"general.architecture": "spikingbrain", "spikingbrain.block_count": 1 << 20,
+                "spikingbrain.attention.sliding_window_pattern": [True, False] * (1 << 19)}
+    with pytest.raises(ModelFileError, match="has 1048576 layers, expected at most 4096"):
+        config_from_metadata(metadata, "m.gguf")
 
 
 def test_event_layouts_of_earlier_files_in_one_stripe_still_run(tmp_path, monkeypatch):

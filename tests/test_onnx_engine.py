@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import write_tiny_checkpoint
 
 from sbedge.checkpoint import Checkpoint
-from sbedge.errors import EngineUnavailable, InputError, StateError
+from sbedge.errors import EngineUnavailable, InputError, ModelFileError, StateError
 from sbedge.export.onnx import write_onnx
 from sbedge.reference import Reference
 from sbedge.runtime import onnx_engine
@@ -218,6 +218,24 @@ def test_an_interrupted_run_leaves_a_state_one_can_continue(pair, monkeypatch):
     assert expected.last_logits is not None and state.last_logits is not None
     assert_close(expected.last_logits, state.last_logits, F32)
     assert_close(run(engine, [1], (), expected)[0], run(engine, [1], (), state)[0], F32)
+
+
+def test_a_run_that_fails_is_one_line_and_leaves_the_state_where_it_was(pair, monkeypatch):
+    engine, *_ = pair
+    ids = ids_of(engine.config, 12)
+    _, state = run(engine, ids[:9])
+
+    class Failing:
+        io_binding = engine._session.io_binding
+
+        def run_with_iobinding(self, *arguments):
+            raise RuntimeError("Non-zero status code\nreturned while running a node")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_session", Failing())
+        with pytest.raises(ModelFileError, match=r"cannot run it .*while running a node") as error:
+            engine.forward(ids[9:], state)
+    assert state.position == 9 and "\n" not in str(error.value)
 
 
 def test_a_run_works_in_the_memory_of_the_state(pair):

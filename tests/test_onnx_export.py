@@ -242,6 +242,13 @@ def test_a_damaged_graph_is_refused(model, damage):
     refused(model, "model.onnx")
 
 
+@pytest.mark.parametrize("name", [b"logits_to_keep", b"model.onnx.data"])
+def test_names_that_are_no_text_are_refused(model, name):
+    path = model / "model.onnx"
+    path.write_bytes(path.read_bytes().replace(name, name[:-1] + b"\xff"))
+    refused(model, "model.onnx")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
 def test_truncated_data_is_refused_before_it_is_read(model, share):
     truncate(model / "model.onnx.data", share)

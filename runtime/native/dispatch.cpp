@@ -4,6 +4,8 @@
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include "internal.h"
@@ -20,11 +22,16 @@ struct Isa {
 
 bool always() { return true; }
 
-#if defined(__x86_64__) || defined(_M_X64)
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(__x86_64__)
+// A bit of CPUID, for what __builtin_cpu_supports has no name for in Clang before 18 and GCC before 11.
+bool has_bit(unsigned leaf, unsigned subleaf, bool in_eax, int bit) {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx) && (in_eax ? eax : ecx) >> bit & 1;
 }
-bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_bit(1, 0, false, 29);  // F16C
+}
+bool has_avxvnni() { return has_avx2() && has_bit(7, 1, true, 4); }
 bool has_avx512vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
