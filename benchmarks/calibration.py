@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
 
+from sbedge.apps.files import size_of
 from sbedge.apps.measure import skipped_share
 from sbedge.export.perplexity import nats
 from sbedge.runtime.load import open_engine, open_tokenizer
@@ -71,8 +72,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     args = parser.parse_args()
     tokenizer = open_tokenizer(args.models[0])
-    count = args.tokens // args.context * args.context
-    pieces = np.array(tokenizer.encode(args.text.read_text(encoding="utf-8"))[:count]).reshape(-1, args.context)
+    ids = tokenizer.encode(args.text.read_text(encoding="utf-8"))[:args.tokens]
+    if len(ids) < args.context:
+        sys.exit(f"{args.text}: {len(ids)} tokens, expected at least {args.context} (--context)")
+    pieces = np.array(ids[:len(ids) // args.context * args.context]).reshape(-1, args.context)
     base: np.ndarray | None = None
 
     def show(name: str, found: np.ndarray, size: int, share: float | None) -> np.ndarray:
@@ -85,7 +88,7 @@ def main() -> None:
     for model in args.models:
         engine = open_engine(model)
         found = losses(lambda ids, e=engine: e.forward(ids, e.new_state(), logits="all"), pieces)
-        found = show(Path(model).name, found, Path(model).stat().st_size, skipped(engine, pieces[0][:DECODED]))
+        found = show(Path(model).name, found, size_of(Path(model)), skipped(engine, pieces[0][:DECODED]))
         base = found if base is None else base
     if args.llama:
         with tempfile.TemporaryDirectory() as folder:

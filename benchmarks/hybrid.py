@@ -93,7 +93,7 @@ def main() -> None:
     tests = {}
     for file in args.text:
         ids = source.tokenizer.encode(file.read_text(encoding="utf-8"))[args.skip:args.skip + args.prose]
-        tests[file.name] = [ids[i:i + args.document] for i in range(0, len(ids), args.document)]
+        tests[str(file)] = [ids[i:i + args.document] for i in range(0, len(ids), args.document)]
     if args.chats:
         writer = Writer(source.engine, source.tokenizer, seed=2, share_chat=1.0, topics=HELD_OUT)
         tests["chat"] = [ids for _, ids in writer.write(args.chats)]

@@ -32,6 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
 
+from sbedge.apps.commands.inspect import read_contents
 from sbedge.apps.measure import random_ids, resident_bytes, timed
 from sbedge.reference import rotate
 
@@ -199,6 +200,9 @@ def main() -> None:
     parser.add_argument("--peer-minutes", type=float, default=6)
     parser.add_argument("-o", "--out", type=Path, default=Path("soak.csv"))
     args = parser.parse_args()
+    window = read_contents(args.model).config.sliding_window
+    if args.tokens < window + 3 * args.ends:
+        parser.error(f"--tokens is {args.tokens}, expected at least the window of {window} and three times --ends")
     plan = Plan(args.tokens, args.ends, args.chunk, args.threads, args.peer_minutes)
     samples, found = in_own_process(soak, args.model, plan)
     result = summary(samples, found, plan)

@@ -58,7 +58,9 @@ def export_model(checkpoint: Checkpoint | str | Path, out: str | Path, *, format
         write(checkpoint)
         return None
     assert embedding_quant is not None
+    calibration.limits.check(checkpoint, quant)
     try:
+        write(checkpoint, dry=True, progress=None)      # what will be refused is refused before the work
         with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.calibration.") as work:
             made = calibrated(checkpoint, quant, calibration, spikes, Path(work), embedding_quant,
                               partial(write, dry=True, progress=None), progress)

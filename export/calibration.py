@@ -60,7 +60,6 @@ def calibrated(checkpoint: Checkpoint, quant: str, calibration: Calibration, spi
                embedding_quant: str, size: Callable[[Calibrated], int], progress: Progress | None = None) -> Calibrated:
     """`checkpoint` as an export in `quant` shall hold it, put together in the folder `work`. `size` tells the bytes of
     the file that would be written of it."""
-    calibration.limits.check(checkpoint, quant)
     result = Calibrated(checkpoint, exported_config(checkpoint, quant, spikes), work)
     layers = Layers(checkpoint)
     choose(result, layers, quant, calibration.ids, spikes, calibration.limits, embedding_quant, size, progress)
@@ -98,7 +97,10 @@ class Stream:
         moments = moments_of(in_batches(partial(model.spiked, i, kind), BATCH, x))
         for grid, names in self.grids(i, kind).items():        # linears of one grid go together: faster
             weight = np.concatenate([weights[name] for name in names]).T
-            levels = calibrate(weight, moments, grid)
+            try:
+                levels = calibrate(weight, moments, grid)
+            except ValueError as error:
+                raise ExportError(f"{names[0]}: cannot be calibrated ({error}); is the checkpoint damaged?") from None
             ends = np.cumsum([len(weights[name]) for name in names])
             for name, start, end in zip(names, [0, *ends], ends, strict=False):
                 self.result.keep(name, levels.outputs(start, end))

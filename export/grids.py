@@ -11,7 +11,10 @@ from sbedge.quant.gptq import GRIDS, Grid
 
 from .activations import path
 from .calibrated import quant_of
+from .gguf.tensors import stored_type
 from .spikes import EVENT_LINEARS, event_layout
+
+ONNX_EMBEDDINGS = ("int8", "int4")      # embedding quants that are no types of ggml's
 
 
 def linears_of(layer: int, kind: str) -> list[str]:
@@ -42,11 +45,11 @@ def grid_bytes(shape: tuple[int, ...], grid: Grid | None) -> tuple[float, float]
 
 def bytes_beside(checkpoint: Checkpoint, quant: str, embedding_quant: str) -> float:
     """Bytes of weights that a decoded token reads beside the calibrated linears: lm_head above all."""
-    if embedding_quant in GRIDS:
+    if embedding_quant in ONNX_EMBEDDINGS:
         grid = GRIDS[embedding_quant]
         per_weight = sum(grid_bytes((1, grid.group), grid)) / grid.group
     else:
-        kind = TYPES[embedding_quant.upper()]
+        kind = TYPES[stored_type(embedding_quant, checkpoint.config.hidden_size)]
         per_weight = kind.nbytes / kind.block
     looked_up = "" if checkpoint.config.tie_word_embeddings else "model.embeddings.weight"
     return sum(prod(shape) * (per_weight if name in EMBEDDINGS else 4) for name, shape in checkpoint.shapes.items()

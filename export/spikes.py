@@ -48,7 +48,8 @@ def exported_config(checkpoint: Checkpoint, quant: str, spikes: Spikes | None) -
     if spikes is None and checkpoint.trained_spikes:
         return checkpoint.trained_spikes
     spikes = spikes or Spikes()
-    k, dead_zone = spikes.k or DEFAULT_K, spikes.dead_zone or 0.0
+    trained = checkpoint.trained_spikes
+    k, dead_zone = spikes.k or (trained.spike_k if trained else DEFAULT_K), spikes.dead_zone or 0.0
     if checkpoint.is_w8aspike and quant != "w8-spike":
         raise ExportError(f"{checkpoint.folder}: a W8ASpike checkpoint has 8-bit weights, which {quant} would lose; "
                           "use w8-spike, which is exact")

@@ -121,7 +121,7 @@ class Forward:
         threshold = op.clamp(op.div(mean, self.leaf[k_leaf(k)]), MIN_SCALE, MAX_SCALE)
         counts = self.rounded(op.div(x, threshold))
         if dead_zone:
-            silent = op.step(op.sub(op.scale(mean, dead_zone), op.abs(x)))
+            silent = op.step(op.neg(op.sub(op.abs(x), op.scale(mean, dead_zone))))      # one at the border is not
             counts = op.mul(counts, op.scale_bias(silent, -1.0, 1.0))
         return op.mul(counts, threshold)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from compare import assert_same_spiking, run
-from golden import W8ASPIKE, add_tokenizer
+from golden import W8ASPIKE, add_tokenizer, edit_tensors
 from tiny import write_tiny_checkpoint
 
 from sbedge.apps.cli import main
@@ -18,6 +18,7 @@ from sbedge.errors import ExportError
 from sbedge.export import export_model
 from sbedge.export.activations import Layers, Samples
 from sbedge.export.calibration import Calibration, Limits, exact_logits, split_text
+from sbedge.export.grids import bytes_beside
 from sbedge.export.spikes import Spikes
 from sbedge.reference import Reference
 from sbedge.runtime.load import open_engine
@@ -208,3 +209,39 @@ def test_the_command_shows_what_calibration_did(format, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "float32" in shown and "rounded" in shown and "calibrated" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["c", "text.txt", out_name(format)])
+
+
+def test_what_an_export_refuses_is_refused_before_calibrating(folder, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("hours of work for nothing")
+
+    monkeypatch.setattr("sbedge.export.calibrated", never)
+    for options, line in (({"embedding_quant": "nope"}, "'nope'"), ({"embedding_quant": "w8-spike"}, "w8-spike"),
+                          ({"format": "onnx", "embedding_quant": "q8_0"}, "q8_0")):
+        with pytest.raises(ExportError, match=line):
+            export_model(folder, tmp_path / "out.gguf", **{"format": "gguf", **options}, quant="w8-spike",
+                         calibration=Calibration(IDS))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_weight_is_named(tmp_path):
+    damaged = write_tiny_checkpoint(tmp_path / "c", **SIZES)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = Checkpoint(damaged).weight(name).copy()
+    weight[3, 5] = np.nan
+    edit_tensors(damaged, remove=name, add={name: weight})
+    with pytest.raises(ExportError, match="cannot be calibrated") as error:
+        export_model(damaged, tmp_path / "m.gguf", quant="w8-spike", calibration=Calibration(IDS))
+    assert "\n" not in str(error.value) and not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(("width", "embedding_quant", "same"), [
+    (128, "q6_k", "q8_0"), (48, "q8_0", "f16"), (48, "q4_0", "f16"), (256, "q6_k", None)])
+def test_what_lm_head_reads_is_counted_in_the_type_it_is_stored_in(width, embedding_quant, same, tmp_path):
+    """Of a width that is no multiple of a type's block it is another type."""
+    checkpoint = Checkpoint(write_tiny_checkpoint(tmp_path / "c", hidden_size=width, intermediate_size=128))
+    found = bytes_beside(checkpoint, "w8-spike", embedding_quant)
+    if same:
+        assert found == bytes_beside(checkpoint, "w8-spike", same)
+    else:
+        assert found < bytes_beside(checkpoint, "w8-spike", "q8_0")

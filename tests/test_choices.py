@@ -3,7 +3,6 @@ and ways to spike that differ from input to input; limits that cannot be kept ar
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -277,4 +276,3 @@ def test_what_was_chosen_in_a_line():
     assert chosen_text(chosen) == ("chosen: linears of 108 inputs in w4-spike and 12 inputs in w8-spike, k 8 to 16, "
                                    "dead zones 0.0625")
     assert chosen_text({"inputs": {"int4": 8}}) == "chosen: linears of 8 inputs in int4"
-    assert replace(Limits(), skip=0.5).skip == 0.5

@@ -110,14 +110,16 @@ def test_a_checkpoint_that_was_trained_to_spike_is_watched_and_exported_so(
     assert "was trained to spike so" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [{"spikes": Spikes(4)}, {"quant": "int8"}])
-def test_a_trained_checkpoint_can_be_exported_otherwise(tmp_path: Path, options: dict) -> None:
+@pytest.mark.parametrize(("options", "k", "dead_zone"), [
+    ({"spikes": Spikes(4)}, 4, 0), ({"spikes": Spikes(dead_zone=0.25)}, 8, 0.25), ({"quant": "int8"}, 0, 0)])
+def test_a_trained_checkpoint_can_be_exported_otherwise(
+        tmp_path: Path, options: dict, k: float, dead_zone: float) -> None:
     folder = Path(checkpoint(tmp_path, False))
     (folder / SPIKES_FILE).write_text(json.dumps(TRAINED))
     export_model(folder, tmp_path / "onnx", **{"quant": "w8-spike", "embedding_quant": "f32", **options})
     config = open_engine(tmp_path / "onnx").config
     assert not config.trained_to_spike and not config.input_dead_zone
-    assert config.spike_k == (4 if "spikes" in options else 0)
+    assert (config.spike_k, config.dead_zone) == (k, dead_zone)
 
 
 @pytest.mark.parametrize(("trained", "line"), [

@@ -191,7 +191,8 @@ def test_engines_run_what_conversion_made(converted: Path) -> None:
 
 
 def test_a_converted_model_chats(converted: Path) -> None:
-    assert "".join(piece.text for piece in load(converted / "out").chat("hello", max_tokens=4)) is not None
+    pieces = list(load(converted / "out").chat("hello", max_tokens=4))
+    assert 1 <= sum(len(piece.ids) for piece in pieces) <= 4 and pieces[-1].finish in ("eos", "length")
 
 
 def test_the_same_seed_gives_the_same_checkpoint(source: Path, converted: Path, tmp_path: Path) -> None:
@@ -385,6 +386,9 @@ def test_resuming_with_other_options_or_nothing_is_refused(
     assert cli.main(command) == 130
     assert cli.main([*command, "--resume", "--seed", "5"]) == 2
     assert "was begun with seed 0, found 5" in capsys.readouterr().err
+    (tmp_path / "other.delta").touch()
+    assert cli.main([*command, "--resume", "--delta", str(tmp_path / "other.delta")]) == 2
+    assert "was begun with delta None" in capsys.readouterr().err
 
 
 def test_window_and_seed_reach_the_checkpoint(source: Path, tmp_path: Path) -> None:

@@ -208,14 +208,15 @@ def weight_bytes(contents: Contents, *, native: bool) -> int:
 
     Without native kernels an event layout is float32 in memory. Of untied embeddings a token reads one row.
     """
+    rows = 1 if contents.config.tie_word_embeddings else contents.config.vocab_size
     if contents.kind != "gguf":
-        return contents.file_bytes
+        table = sum(tensor.nbytes for tensor in contents.tensors if tensor.name.startswith("model.embeddings.weight"))
+        return contents.file_bytes - table + table // rows
     stored = {tensor.name: tensor.nbytes for tensor in contents.tensors}
     if not native:
         stored = {name: stored.get(name, 4 * prod(shape))
                   for name, shape in expected_gguf_tensors(contents.config).items()}
-    if not contents.config.tie_word_embeddings:
-        stored["token_embd.weight"] //= contents.config.vocab_size
+    stored["token_embd.weight"] //= rows
     return sum(stored.values())
 
 

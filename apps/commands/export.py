@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "(default: as the checkpoint was trained, else 3; --calibrate chooses for each input)")
     parser.add_argument("--dead-zone", type=float, metavar="Z",
                         help="w8-spike, w4-spike: channels with |x| below Z * mean|x| stay silent (default: as the "
-                             "checkpoint was trained, else 0; 1/16 with --calibrate)")
+                             "checkpoint was trained, if no K is given; else 0, with --calibrate 1/16)")
     parser.add_argument("--calibrate", type=Path, metavar="TEXT",
                         help="round the weights so that outputs stay close on this UTF-8 text, 16,000 tokens of prose "
                              "or more; for every quant but f32, f16 and the k-quants. Takes minutes")

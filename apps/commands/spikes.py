@@ -95,12 +95,13 @@ def config_to_watch(args: argparse.Namespace, own: ModelConfig) -> ModelConfig:
     """The model's own way to spike, or the one that it was trained for, or that is asked for, where it has none."""
     asked = {"k": args.spike_k, "dead_zone": args.dead_zone}
     given = {name: value for name, value in asked.items() if value is not None}
-    if not own.spike_k and not given and model_kind(args.model, args.engine) == "checkpoint" and (
-            trained := Checkpoint(args.model).trained_spikes):
-        return trained
     if not own.spike_k:
+        is_checkpoint = model_kind(args.model, args.engine) == "checkpoint"
+        trained = Checkpoint(args.model).trained_spikes if is_checkpoint else None
+        if trained and not given:
+            return trained
         spikes = Spikes(**given)
-        return spiking_config(own, spikes.k or DEFAULT_K, spikes.dead_zone or 0.0)
+        return spiking_config(own, spikes.k or (trained.spike_k if trained else DEFAULT_K), spikes.dead_zone or 0.0)
     if given:
         raise InputError(f"{args.model}: spikes already, at k = {own.spike_k:g} with dead zone {own.dead_zone:g}; "
                          "leave --spike-k and --dead-zone out")

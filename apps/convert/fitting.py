@@ -118,7 +118,8 @@ def write(path: Path, value: object) -> None:
     """torch.save under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save(value, temporary)
+        with temporary.open("wb") as file:      # by its name torch would make a full disk a RuntimeError
+            torch.save(value, file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

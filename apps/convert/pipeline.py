@@ -70,7 +70,7 @@ def convert(source: Path, out: Path, settings: Settings, texts: Sequence[str] = 
     """
     work = out.with_name(f"{out.name}.work")
     begun = work.exists()
-    _begin(work, source, settings, texts, start, resume)
+    _begin(work, source, settings, texts, start, delta_file, resume)
     try:
         checkpoint = _source(work, source, settings, report)
         delta = _start(start, checkpoint, settings) if start else None
@@ -91,9 +91,10 @@ def convert(source: Path, out: Path, settings: Settings, texts: Sequence[str] = 
 
 
 def _begin(work: Path, source: Path, settings: Settings, texts: Sequence[str], start: Path | None,
-           resume: bool) -> None:
+           delta_file: Path | None, resume: bool) -> None:
     asked = {"source": str(source.resolve()), **asdict(settings), "text": [len(text) for text in texts],
-             "start": str(start.resolve()) if start else None}
+             "start": str(start.resolve()) if start else None,
+             "delta": str(delta_file.resolve()) if delta_file else None}
     file = work / "settings.json"
     if work.exists() and not resume:
         raise InputError(f"{work}: exists already; --resume goes on with it, or remove it")
@@ -107,7 +108,8 @@ def _begin(work: Path, source: Path, settings: Settings, texts: Sequence[str], s
                                  "resume with the same options")
     else:
         work.mkdir(parents=True)
-        file.write_text(json.dumps(asked, indent=2), encoding="utf-8")
+        with new_file(file) as temporary:
+            temporary.write_text(json.dumps(asked, indent=2), encoding="utf-8")
 
 
 # ---- the stages ------------------------------------------------------------------------------------------

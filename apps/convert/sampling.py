@@ -63,6 +63,7 @@ class Writer:
                                                 {"role": "assistant", "content": MARK},
                                                 {"role": "user", "content": MARK}])
             self._next = whole[len(asked):]     # what follows a reply: its end, the next question, an opening
+            self._turns = 3 if any(isinstance(part, int) for part in self._next) else 1     # most in a chat
 
     def write(self, tokens: int,
               progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[bool, list[int]]]:
@@ -85,7 +86,7 @@ class Writer:
     def _begin(self) -> Dialogue:
         if self.random.random() < self.share_chat:
             ids = self._encode(self._first, next(self._chats))
-            return Dialogue(ids, int(self.random.integers(1, 4)))
+            return Dialogue(ids, min(int(self.random.integers(1, 4)), self._turns))
         return Dialogue(self.tokenizer.encode(next(self._prose)), 0)
 
     def _encode(self, parts: list[str | int], message: str) -> list[int]:

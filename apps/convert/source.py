@@ -98,7 +98,9 @@ def _spikingbrain(path: Path, raw: dict[str, Any], window: int | None) -> Source
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     gla = [i for i in range(config.num_hidden_layers) if not config.is_window_layer(i)]
-    if gla or checkpoint.is_w8aspike:
+    if checkpoint.is_w8aspike:
+        raise CheckpointError(f"{path}: a W8ASpike checkpoint, expected one with float weights")
+    if gla:
         raise CheckpointError(f"{path}: layers {gla} are GLA layers already, expected a model of softmax attention "
                               "only; convert the source it was made of")
     return Source({**raw, "sliding_window": window or config.sliding_window}, checkpoint.tensor,
@@ -120,7 +122,7 @@ def _hugging_face(path: Path, raw: dict[str, Any], window: int | None) -> Source
         window or SLIDING_WINDOW, num_hidden_layers=layers,
         rope_theta=raw.get("rope_theta", rope.get("rope_theta", 10000.0)), norm_eps=raw.get("rms_norm_eps", 1e-6),
         num_key_value_heads=raw.get("num_key_value_heads", raw.get("num_attention_heads")),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False), hidden_act=raw.get("hidden_act", "silu"),
         **{key: raw.get(key) for key in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
                                          "bos_token_id", "eos_token_id", "pad_token_id")})
     model = ModelConfig.from_dict(config, source=str(where))
@@ -137,7 +139,10 @@ class _Folder:
         index = path / "model.safetensors.index.json"
         shards = {"model.safetensors"}
         if index.is_file():
-            shards = set(read_json(index, EXPECTED).get("weight_map", {}).values())
+            places = read_json(index, EXPECTED).get("weight_map")
+            if not isinstance(places, dict):
+                raise CheckpointError(f"{index}: has no weight_map of tensors and files; download it again")
+            shards = set(map(str, places.values()))
         self.found: dict[str, Any] = {}
         for shard in sorted(shards):
             if not isinstance(shard, str) or Path(shard).name != shard or not (path / shard).is_file():

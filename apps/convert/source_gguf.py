@@ -87,7 +87,8 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any],
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
         hidden_size=find("embedding_length"), intermediate_size=find("feed_forward_length"),
         norm_eps=_shortest(find("attention.layer_norm_rms_epsilon", 1e-5)),
-        num_attention_heads=find("attention.head_count"), num_key_value_heads=find("attention.head_count_kv"),
+        num_attention_heads=find("attention.head_count"),
+        num_key_value_heads=find("attention.head_count_kv", find("attention.head_count")),
         rope_theta=_shortest(find("rope.freq_base", 10000.0)), tie_word_embeddings="output.weight" not in tensors,
         vocab_size=len(tokens) if isinstance(tokens, list) else None)
 

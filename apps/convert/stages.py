@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,8 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
     done = int(progress.read_text(encoding="ascii")) if progress.exists() else 0
     arrays = {name: open_memmap(folder / f"answers-{name}.npy", mode="r+" if done else "w+", dtype=dtype,
                                 shape=(N, T, width)) for name, (dtype, width) in wanted.items()}
+    for array in arrays.values():
+        reserve(array)
     for start in range(done, N, batch):
         place = slice(start, start + batch)
         h = model.hidden(model.embed(torch.from_numpy(rows[place])), 0, first)
@@ -181,6 +184,12 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
         if report:
             report("ask the source", min(start + batch, N), N)
     return Answers(rows, first, **arrays)
+
+def reserve(array: np.memmap) -> None:
+    """Take the room that an array on disk will need: a disk that is full must not kill the process at some write."""
+    if hasattr(os, "posix_fallocate"):
+        with open(str(array.filename), "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
 
 # ---- spike ----------------------------------------------------------------------------------------------
 

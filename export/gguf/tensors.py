@@ -10,8 +10,18 @@ import numpy as np
 from sbedge.checkpoint import Checkpoint
 from sbedge.config import WEIGHT_GROUP
 from sbedge.export.spikes import W4_GROUP, weight_codes, weight_nibbles
-from sbedge.gguf_format import gguf_name, row_bytes
+from sbedge.gguf_format import TYPES, gguf_name, row_bytes
 from sbedge.quant.event_layout import NIBBLE_STRIPE, split_codes, to_stripes
+
+# quant name -> (type of linears, type where a width is no multiple of its block)
+QUANTS = {"f32": ("F32", "F32"), "f16": ("F16", "F16"), "q8_0": ("Q8_0", "F16"), "q4_0": ("Q4_0", "F16"),
+          "q4_k": ("Q4_K", "Q5_0"), "q6_k": ("Q6_K", "Q8_0"), "w8-spike": ("codes", "codes"),
+          "w4-spike": ("nibbles", "nibbles")}
+
+
+def stored_type(quant: str, width: int) -> str:
+    """The type of ggml's that rows of `width` weights have in a dense `quant`."""
+    return next((kind for kind in QUANTS[quant] if width % TYPES[kind].block == 0), "F16")
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,16 @@ from sbedge.config import ModelConfig
 from sbedge.errors import ExportError, SbedgeError
 from sbedge.export.calibrated import Calibrated, quant_of
 from sbedge.export.spikes import Spikes, event_layout, exported_config
-from sbedge.gguf_format import ARCHITECTURE, TYPES, config_metadata, gguf_name, row_bytes
+from sbedge.gguf_format import ARCHITECTURE, config_metadata, gguf_name, row_bytes
 from sbedge.quant.ggml_blocks import block_rows
 from sbedge.quant.ggml_library import load_ggml, quantize_rows
 
-from .tensors import Tensor, event_tensors
+from .tensors import QUANTS, Tensor, event_tensors, stored_type
 
 ALIGNMENT = 64              # rows of event layouts start on cache lines
 BLOCK_BYTES = 1 << 24       # float32 bytes quantized at a time
 THREADS = 2
 
-# quant name -> (type of linears, type where a width is no multiple of its block)
-QUANTS = {"f32": ("F32", "F32"), "f16": ("F16", "F16"), "q8_0": ("Q8_0", "F16"), "q4_0": ("Q4_0", "F16"),
-          "q4_k": ("Q4_K", "Q5_0"), "q6_k": ("Q6_K", "Q8_0"), "w8-spike": ("codes", "codes"),
-          "w4-spike": ("nibbles", "nibbles")}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "q6_k": 18}     # llama.cpp's LLAMA_FTYPE
 
 Progress = Callable[[int, int, str], None]
@@ -125,11 +121,7 @@ def _type_of(name: str, shape: tuple[int, ...], quant: str) -> str:
     # Vectors are small and the low-rank gate decides how long the model remembers: both stay exact.
     if len(shape) == 1 or ".gk_proj." in name or quant.endswith("-spike"):
         return "F32"
-    kind, fallback = QUANTS[quant]
-    for choice in (kind, fallback):
-        if shape[1] % TYPES[choice].block == 0:
-            return choice
-    return "F16"
+    return stored_type(quant, shape[1])
 
 
 # --- writing ---------------------------------------------------------------------------------------
