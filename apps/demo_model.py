@@ -22,7 +22,7 @@ from sbedge.apps.convert.source import Progress, write_window_checkpoint
 from sbedge.errors import SbedgeError
 
 HYBRID_DELTA = Path(__file__).with_name("demo_hybrid") / "delta.safetensors"
-HYBRID_VERSION = 3      # of the delta: what a cache holds of another is not taken
+HYBRID_VERSION = 4      # of the delta: what a cache holds of another is not taken
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no installation
 
 import sbedge
+from sbedge.apps.convert.loops import loop
 from sbedge.apps.convert.prompts import HELD_OUT, chat_prompts
 from sbedge.apps.convert.sampling import Writer
 from sbedge.export.perplexity import Predictions, chunk_tokens
@@ -56,15 +57,6 @@ def compared(source: Engine, hybrid: Engine, documents: Sequence[Sequence[int]])
             "high": float(100 * np.expm1(high))}
 
 
-def loops(ids: Sequence[int], longest: int = 40, times: int = 3) -> bool:
-    for size in range(1, min(longest, len(ids) // times) + 1):
-        piece = list(ids[-size:])
-        repeats = times if size >= 4 else 12 // size       # "ha ha ha" is no loop yet
-        if len(ids) >= repeats * size and list(ids[-repeats * size:]) == piece * repeats:
-            return True
-    return False
-
-
 def replies(session: sbedge.Session, prompts: Sequence[str], count: int) -> list[dict[str, object]]:
     out = []
     for prompt in prompts:
@@ -72,7 +64,7 @@ def replies(session: sbedge.Session, prompts: Sequence[str], count: int) -> list
         pieces = list(fresh.generate(prompt, max_tokens=count) if prompt == PROMPTS[0]
                       else fresh.chat(prompt, max_tokens=count))
         ids = [id for piece in pieces for id in piece.ids]
-        out.append({"prompt": prompt, "reply": "".join(p.text for p in pieces), "loops": loops(ids)})
+        out.append({"prompt": prompt, "reply": "".join(p.text for p in pieces), "loops": bool(loop(ids))})
     return out
 
 

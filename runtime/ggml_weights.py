@@ -15,7 +15,7 @@ import numpy as np
 
 from sbedge.config import ModelConfig
 from sbedge.errors import ModelFileError
-from sbedge.gguf_format import TYPES, expected_gguf_tensors
+from sbedge.gguf_format import SPIKING_LINEARS, TYPES, expected_gguf_tensors
 from sbedge.gguf_reader import GgufFile
 from sbedge.quant.ggml_library import InitParams, load_ggml
 
@@ -34,7 +34,6 @@ REPACKED_ROWS = 8       # it takes whole multiples of so many and crashes at any
 GROUPS = (("attn_q.weight", "attn_k.weight", "attn_v.weight"), ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
           ("ffn_gate.weight", "ffn_up.weight"))
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-SPIKING_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_gk", "attn_output", "ffn_gate", "ffn_up")
 EMBEDDINGS = "token_embd.weight"
 SMALL_WEIGHTS = 1 << 20     # of a matrix that a single thread of ggml's multiplies without being missed by the others
 ALIGNMENT = 64

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .checkpoint import MAX_LAYERS, expected_tensors
+from .checkpoint import MAX_LAYERS, SPIKING_PROJECTIONS, expected_tensors
 from .config import GATE_RANK, ModelConfig
 from .errors import CheckpointError, ModelFileError
 
@@ -48,6 +48,7 @@ _LAYER = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "attn.q_proj": "attn
           "attn.v_proj": "attn_v", "attn.o_proj": "attn_output", "attn.g_norm": "attn_g_norm",
           "attn.gk_proj": "attn_gk", "attn.gk_proj.0": "attn_gk_a", "attn.gk_proj.1": "attn_gk_b",
           "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+SPIKING_LINEARS = tuple(name for stem, name in _LAYER.items() if stem.rpartition(".")[2] in SPIKING_PROJECTIONS)
 
 # ModelConfig field -> metadata key (under "spikingbrain.")
 KEYS = {"num_hidden_layers": "block_count", "hidden_size": "embedding_length",

@@ -22,7 +22,7 @@ from sbedge.runtime.load import load, open_engine
 
 torch = pytest.importorskip("torch", reason="conversion trains with torch: pip install 'sbedge[convert]'")
 
-from sbedge.apps.convert import fitting, loss, pipeline  # noqa: E402
+from sbedge.apps.convert import fitting, loss, pipeline, stages  # noqa: E402
 from sbedge.apps.convert.torch_model import (  # noqa: E402
     LEAST_DECAY,
     Hybrid,
@@ -135,6 +135,14 @@ def test_distance_and_its_gradient_are_those_of_kl_over_known_tokens_and_the_res
     gradients = [torch.autograd.grad(value, x)[0] for value in (found, wanted)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
     assert float(loss.distance(teacher, head, ids, logprobs)) == pytest.approx(0, abs=1e-5)
+
+
+def test_what_goes_on_with_a_loop_is_a_twentieth_as_likely_and_the_rest_makes_up_for_it() -> None:
+    p = torch.tensor([[0.5, 0.2, 0.1], [0.5, 0.2, 0.1], [0.9, 0.05, 0.05]])        # and a rest of 0.2, 0.2 and 0
+    chosen = torch.tensor([[True, False, False], [False, False, False], [True, False, False]])
+    out = stages.less_likely(p.log(), chosen).exp()
+    torch.testing.assert_close(out[0], torch.tensor([0.025, 0.2, 0.1]) / 0.525)
+    torch.testing.assert_close(out[1:], torch.tensor([[0.5, 0.2, 0.1], [0.045 / 0.145, 0.05 / 0.145, 0.05 / 0.145]]))
 
 
 @pytest.mark.parametrize("shape", [(3, 640, 7), (2, 64 * 64, 64), (4, 100, 10), (1, 128, 3)])

@@ -17,12 +17,14 @@ from tiny_llama import write_tiny_llama
 
 from sbedge.apps import cli
 from sbedge.apps.convert.delta import PARTS, Delta, apply_delta, load_delta, save_delta
+from sbedge.apps.convert.loops import going_on, loop
 from sbedge.apps.convert.sampling import Writer
 from sbedge.apps.convert.source import hugging_face_name, write_window_checkpoint
 from sbedge.checkpoint import Checkpoint, expected_tensors
 from sbedge.config import ModelConfig
 from sbedge.errors import CheckpointError, ExportError, ModelFileError
 from sbedge.reference import Reference
+from sbedge.runtime.chat_template import chat_parts
 from sbedge.runtime.tokenizer import Tokenizer
 
 # ---- sources ------------------------------------------------------------------------------------------
@@ -192,6 +194,81 @@ def test_a_chat_template_of_plain_text_has_one_reply_a_chat() -> None:
     writer = Writer(FakeEngine(tokenizer), tokenizer, length=64, sessions=3, share_chat=1.0)
     written = list(writer.write(600))
     assert len(written) > 3 and all(chat and ids for chat, ids in written)
+
+
+@pytest.mark.parametrize(("ids", "piece"), [
+    ([1, 2, 3, 4, 5] * 3, 5), ([9, 9] + [1, 2, 3, 4] * 3, 4), ([1, 2, 3, 4, 5] * 2, 0), ([7] * 12, 1), ([7] * 11, 0),
+    ([1, 2] * 6, 2), ([1, 2] * 5, 0), (list(range(40)) * 3, 40), (list(range(41)) * 3, 0), ([1, 2, 3, 4] * 3 + [5], 0),
+    ([], 0)])
+def test_a_loop_is_a_piece_said_three_times_at_the_end(ids: list[int], piece: int) -> None:
+    assert loop(ids) == piece
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_goes_on_with_a_loop_is_what_the_loop_said_before(seed: int) -> None:
+    """As told by `loop`: a token goes on with one if its piece, said whole, were the third saying or a later one."""
+    rng = np.random.default_rng(seed)
+    pieces = [np.tile(rng.integers(0, 5, rng.integers(1, 46)), rng.integers(1, 6)) for _ in range(6)]
+    ids = np.concatenate(pieces)
+    wanted = []
+    for t in range(len(ids)):
+        nexts = [ids[t + 1 - size] for size in range(1, 41)
+                 for begun in range(min(size, t + 1))       # tokens of the third saying that are there
+                 if loop(whole := [*ids[:t + 1], *ids[t + 1 - size:t + 1 - begun]]) and size in periods(whole)]
+        wanted.append(nexts[0] if nexts else -1)
+    np.testing.assert_array_equal(going_on(ids), wanted)
+
+
+def periods(ids: list[int]) -> set[int]:
+    """Sizes of pieces that `ids` end with often enough for a loop."""
+    often = {size: 3 if size >= 4 else 12 // size for size in range(1, 41)}
+    return {size for size, times in often.items()
+            if len(ids) >= size * times and len(set(map(tuple, np.reshape(ids[-size * times:], (times, size))))) == 1}
+
+
+class Cycling(FakeEngine):
+    """After id n comes n + 1, from 30 on 26."""
+
+    def forward(self, ids, state, *, logits="last"):
+        row = np.zeros(self.config.vocab_size, np.float32)
+        row[26 + (int(ids[-1]) - 25) % 5] = 1
+        super().forward(ids, state, logits="none")
+        return None if logits == "none" else row[None]
+
+
+class Ending(FakeEngine):
+    """Every so often nothing but the end of a turn is likely."""
+
+    def forward(self, ids, state, *, logits="last"):
+        row = super().forward(ids, state, logits=logits)
+        if state.position % 8 == 0:
+            row[:, min(self.tokenizer.eos_ids)] = 50
+        return row
+
+
+def test_own_text_ends_when_a_loop_was_said_four_times() -> None:
+    tokenizer = Tokenizer.from_folder(Path(__file__).parent / "data/tokenizer/qwen2-subset")
+    writer = Writer(Cycling(tokenizer), tokenizer, length=200, sessions=2, share_chat=0.5, temperature=(0.0, 0.0))
+    for _, ids in writer.write(500):
+        assert len(ids) < 200 and ids[-5:] * 4 == ids[-20:] and ids[-25:-20] != ids[-5:]
+
+
+@pytest.mark.parametrize(("engine", "most"), [(FakeEngine, 96), (Ending, None)])
+def test_a_question_that_the_model_thinks_up_stands_in_the_template(engine: type[FakeEngine], most: int | None) -> None:
+    """It ends where the model ends it, or at 96 tokens."""
+    tokenizer = Tokenizer.from_folder(Path(__file__).parent / "data/tokenizer/qwen2-subset")
+    whole = chat_parts(tokenizer, [{"role": "user", "content": "\n"}])
+    writer = Writer(engine(tokenizer), tokenizer, length=300, sessions=3, share_chat=1.0, share_asked=1.0)
+    at = next(i for i, part in enumerate(whole) if isinstance(part, str) and part.endswith("\n\n"))
+    start = tokenizer.encode_parts([*whole[:at], str(whole[at])[:-1]])
+    after = tokenizer.encode_parts(list(whole[at + 1:]))
+    questions = []
+    for chat, ids in writer.write(2000):
+        assert chat and ids[:len(start)] == start
+        end = next(i for i in range(len(start), len(ids)) if ids[i:i + len(after)] == after)
+        questions.append(tuple(ids[len(start):end]))
+        assert len(ids) > end + len(after)
+    assert max(map(len, questions)) == (-len(start) % 8 if most is None else most) and len(set(questions)) > 3
 
 
 # ---- the command without torch ------------------------------------------------------------------------

@@ -27,14 +27,16 @@ from sbedge.runtime.tokenizer import Tokenizer
 from . import stages
 from .delta import Delta, apply_delta, check_source, load_delta, save_delta
 from .fitting import Plan, Report
-from .sampling import TEMPERATURE, Writer
+from .sampling import Writer
 from .source import write_window_checkpoint
 from .torch_model import GlaMixer, Hybrid
 
 TRIAL_SHARE, TRANSFER_SHARE = 0.1, 0.1    # of the training tokens: all layers before ranking, the chosen ones after
-TRANSFER_RATE, TUNE_RATE, SPIKE_RATE = 1e-3, 7e-4, 2.5e-4
+TRANSFER_RATE, TUNE_RATE, SPIKE_RATE = 1e-3, 7e-4, 4e-4
 RANK_ROWS = 2                               # rows that layers are ranked by
-HYBRID_TEMPERATURE = 0.6                    # of what the hybrid writes: loops come where it keeps to what is likeliest
+# of what the models write themselves: a chat keeps to what is likely, and there the hybrid falls into loops
+SOURCE_TEMPERATURE, HYBRID_TEMPERATURE = (0.2, 1.0), (0.0, 0.8)
+SHARE_ASKED = 0.5                           # of the chats whose question they think up, too
 SPIKE_K = 8.0                               # fine counts: what is silent is decided by dead zones
 
 
@@ -157,12 +159,13 @@ def _text(work: Path, delta: Delta | None, settings: Settings, texts: Sequence[s
 def _own_text(work: Path, delta: Delta | None, settings: Settings, tokenizer: Tokenizer,
               report: Report | None) -> list[list[int]]:
     """Rows that the source writes, or half of them the source and half its hybrid."""
-    writers = {"write text": (work / "source", TEMPERATURE)}
+    writers = {"write text": (work / "source", SOURCE_TEMPERATURE)}
     if delta:
         writers["write text as the hybrid does"] = _made(work / "start", delta, report), HYBRID_TEMPERATURE
     rows: list[list[int]] = []
     for n, (stage, (checkpoint, temperature)) in enumerate(writers.items()):
-        writer = Writer(_engine(checkpoint), tokenizer, settings.seed + n, settings.length, temperature=temperature)
+        writer = Writer(_engine(checkpoint), tokenizer, settings.seed + n, settings.length, temperature=temperature,
+                        share_asked=SHARE_ASKED)
         progress = partial(report, stage) if report else None
         rows += pack((ids for _, ids in writer.write(settings.own // len(writers), progress)), settings.length)
     return rows

@@ -4,6 +4,7 @@ Many sequences advance together (`forward_batch` reads the weights once for all)
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,11 +15,13 @@ from sbedge.runtime.engine import Engine, forward_batch
 from sbedge.runtime.tokenizer import Tokenizer
 from sbedge.state import State
 
+from .loops import TIMES, loop
 from .prompts import FOLLOW_UPS, TOPICS, chat_prompts, openings
 
-TEMPERATURE = 0.9
 MIN_P = 0.03            # tokens less likely than this share of the best are never drawn
 MARK = "\ufffdmessage\ufffd"    # stands for a message in a template that is rendered once
+ASKING = 1.0            # temperature of a question that the model thinks up
+QUESTION = 96           # most tokens of it
 
 
 @dataclass
@@ -27,9 +30,12 @@ class Dialogue:
 
     ids: list[int]
     turns: int              # replies to write, this one included; 0: plain text
+    temperature: float
     state: State | None = None
     read: int = 0           # ids the state has seen
     reply: int = 0          # tokens of the reply so far
+    asking: bool = False    # what it writes is the first question yet
+    looped: bool = False    # it came to say one piece over and over
 
 
 @dataclass
@@ -37,7 +43,8 @@ class Writer:
     """Writes sequences of up to `length` tokens with `engine`; the same seed gives the same ones.
 
     share_chat   of the sequences that are chats; the rest is prose (all of it where the model has no chat template)
-    temperature  of what is drawn: lower keeps to what is likeliest
+    share_asked  of the chats whose first question the model thinks up itself; others are about `topics`
+    temperature  lowest and highest; every sequence has its own
     """
 
     engine: Engine
@@ -46,8 +53,9 @@ class Writer:
     length: int = 512
     sessions: int = 32
     share_chat: float = 0.7
+    share_asked: float = 0.0
     topics: tuple[str, ...] = TOPICS
-    temperature: float = TEMPERATURE
+    temperature: tuple[float, float] = (0.9, 0.9)
     random: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +67,9 @@ class Writer:
         else:
             asked = chat_parts(self.tokenizer, [{"role": "user", "content": MARK}])
             self._first = asked
+            at = next(i for i, part in enumerate(asked) if isinstance(part, str) and MARK in part)
+            before, after = str(asked[at]).split(MARK, 1)
+            self._before, self._after = [*asked[:at], before], [after, *asked[at + 1:]]
             whole = chat_parts(self.tokenizer, [{"role": "user", "content": MARK},
                                                 {"role": "assistant", "content": MARK},
                                                 {"role": "user", "content": MARK}])
@@ -73,7 +84,10 @@ class Writer:
         while done < tokens:
             for i, slot in enumerate(slots):
                 while self._finished(slot):
-                    if slot.turns > 1 and len(slot.ids) < self.length - 64:
+                    if slot.asking:
+                        self._asked(slot)
+                        break
+                    if slot.turns > 1 and not slot.looped and len(slot.ids) < self.length - 64:
                         self._ask_again(slot)
                         break
                     done += len(slot.ids)
@@ -84,10 +98,20 @@ class Writer:
             self._step(slots)
 
     def _begin(self) -> Dialogue:
+        temperature = float(self.random.uniform(*self.temperature))
         if self.random.random() < self.share_chat:
-            ids = self._encode(self._first, next(self._chats))
-            return Dialogue(ids, min(int(self.random.integers(1, 4)), self._turns))
-        return Dialogue(self.tokenizer.encode(next(self._prose)), 0)
+            turns = min(int(self.random.integers(1, 4)), self._turns)
+            if self.random.random() < self.share_asked:
+                return Dialogue(self._encode(self._before, ""), turns, temperature, asking=True)
+            return Dialogue(self._encode(self._first, next(self._chats)), turns, temperature)
+        return Dialogue(self.tokenizer.encode(next(self._prose)), 0, temperature)
+
+    def _asked(self, slot: Dialogue) -> None:
+        """The question stands: what a template puts between it and the reply."""
+        if slot.ids[-1] in self.tokenizer.eos_ids:
+            slot.ids.pop()
+        slot.ids += self._encode(self._after, "")
+        slot.asking, slot.reply = False, 0
 
     def _encode(self, parts: list[str | int], message: str) -> list[int]:
         return self.tokenizer.encode_parts([p.replace(MARK, message) if isinstance(p, str) else p for p in parts])
@@ -100,7 +124,8 @@ class Writer:
         slot.turns, slot.reply = slot.turns - 1, 0
 
     def _finished(self, slot: Dialogue) -> bool:
-        return len(slot.ids) >= self.length or (slot.reply > 0 and slot.ids[-1] in self.tokenizer.eos_ids)
+        return (len(slot.ids) >= self.length or slot.looped or (slot.asking and slot.reply >= QUESTION)
+                or (slot.reply > 0 and slot.ids[-1] in self.tokenizer.eos_ids))
 
     def _step(self, slots: list[Dialogue]) -> None:
         """One more token for each."""
@@ -112,14 +137,15 @@ class Writer:
                 slot.read = len(slot.ids) - 1
         states = [slot.state for slot in slots if slot.state is not None]
         logits = forward_batch(self.engine, [slot.ids[-1] for slot in slots], states)
-        for slot, id in zip(slots, self._draw(logits), strict=True):
-            slot.ids.append(int(id))
+        for slot, row in zip(slots, logits, strict=True):
+            slot.ids.append(self._draw(row, ASKING if slot.asking else slot.temperature))
             slot.read += 1
             slot.reply += 1
+            slot.looped = not slot.asking and loop(slot.ids[-slot.reply:], TIMES + 1) > 0
 
-    def _draw(self, logits: np.ndarray) -> np.ndarray:
-        """One id for each row of logits [N, V]."""
-        weights = np.exp((logits - logits.max(1, keepdims=True)) / np.float32(self.temperature))
-        weights[weights < MIN_P] = 0
-        sums = np.cumsum(weights, axis=1, dtype=np.float64)
-        return (sums < (self.random.random(len(logits)) * sums[:, -1])[:, None]).sum(1).clip(max=logits.shape[1] - 1)
+    def _draw(self, logits: np.ndarray, temperature: float) -> int:
+        """An id for logits [V]."""
+        likely = np.flatnonzero(logits >= logits.max() + temperature * math.log(MIN_P))
+        weights = np.exp((logits[likely] - logits.max()) / max(temperature, 1e-6))
+        sums = np.cumsum(weights, dtype=np.float64)
+        return int(likely[min(int((sums < self.random.random() * sums[-1]).sum()), len(likely) - 1)])

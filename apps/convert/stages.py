@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from sbedge.config import INPUT_KINDS
 from sbedge.quant.folding import READERS, loudness
 
 from .fitting import Plan, Report, fit
+from .loops import going_on
 from .loss import distance, likeliest
 from .torch_model import GlaMixer, Hybrid, Spiking, Weight
 
 GATE_BIAS = (-6.0, 4.0)     # from channels that forget in 3 tokens to such that remember 900
 RIDGE = 1e-3                # of the mean feature energy
-SPIKING = 0.5               # of a batch's rows spike
+SPIKING = 0.25              # of a batch's rows spike
 KNOWN = 64                  # likeliest tokens kept of the source's prediction
+ONCE_MORE = 0.05            # of the source's probability is left to a token that goes on with a loop
 
 # ---- initialise -----------------------------------------------------------------------------------------
 
@@ -154,7 +157,10 @@ class Answers:
 @torch.no_grad()
 def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch: int,
                report: Report | None = None) -> Answers:
-    """Run the source over all rows once; what exists in `folder` is taken as it is."""
+    """Run the source over all rows once; what exists in `folder` is taken as it is.
+
+    Where a piece was said twice, the source often says it for ever; its answers are made less likely to (ONCE_MORE).
+    """
     N, T = rows.shape
     known = min(KNOWN, model.config.vocab_size - 1)
     small = np.uint16 if model.config.vocab_size <= 1 << 16 else np.int32
@@ -174,6 +180,8 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
             arrays["hidden"][place] = h.to(torch.bfloat16).view(torch.int16).numpy()
         x = model.final(model.hidden(h, first)).flatten(0, 1)
         ids, logprobs = likeliest(x, model.head, known)
+        repeated = torch.from_numpy(np.concatenate([going_on(row) for row in rows[place]]))
+        logprobs = less_likely(logprobs, ids == repeated[:, None])
         arrays["ids"][place] = ids.reshape(-1, T, known).numpy()
         arrays["logprobs"][place] = logprobs.reshape(-1, T, known).numpy()
         if start // batch % 16 == 15 or start + batch >= N:
@@ -184,6 +192,11 @@ def ask_source(model: Hybrid, rows: np.ndarray, first: int, folder: Path, batch:
         if report:
             report("ask the source", min(start + batch, N), N)
     return Answers(rows, first, **arrays)
+
+def less_likely(logprobs: Tensor, chosen: Tensor) -> Tensor:
+    """Logprobs [N, K] of the likeliest tokens: those `chosen` ONCE_MORE as likely, all others likelier alike."""
+    lost = (logprobs.exp() * chosen).sum(-1, keepdim=True) * (1 - ONCE_MORE)
+    return torch.where(chosen, logprobs + math.log(ONCE_MORE), logprobs) - (1 - lost).log()
 
 def reserve(array: np.memmap) -> None:
     """Take the room that an array on disk will need: a disk that is full must not kill the process at some write."""
