@@ -67,9 +67,11 @@ class Writer:
         else:
             asked = chat_parts(self.tokenizer, [{"role": "user", "content": MARK}])
             self._first = asked
-            at = next(i for i, part in enumerate(asked) if isinstance(part, str) and MARK in part)
-            before, after = str(asked[at]).split(MARK, 1)
+            at = next((i for i, part in enumerate(asked) if isinstance(part, str) and MARK in part), len(asked))
+            before, mark, after = str(asked[at]).partition(MARK) if at < len(asked) else ("", "", "")
             self._before, self._after = [*asked[:at], before], [after, *asked[at + 1:]]
+            if not mark or not self._encode(self._before, ""):
+                self.share_asked = 0.0      # nothing before a question from which one could be thought up
             whole = chat_parts(self.tokenizer, [{"role": "user", "content": MARK},
                                                 {"role": "assistant", "content": MARK},
                                                 {"role": "user", "content": MARK}])
