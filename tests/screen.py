@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -128,6 +129,11 @@ class Screen:
         return "\n".join([*self.history, *("".join(row).rstrip() for row in self.grid)]).rstrip("\n")
 
 
+def heed_interrupts() -> None:
+    """Ctrl-C shall reach the program though the tests themselves run in the background, where a shell ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Program:
     """A Python program in a terminal: `python arguments`. `raw` is what it has written so far."""
 
@@ -136,7 +142,8 @@ class Program:
         own = {"TERM": "xterm", "HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "LC_ALL": "C.UTF-8",
                "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PATH": os.environ["PATH"], **(environment or {})}
         self.child = pexpect.spawn(sys.executable, [str(word) for word in arguments], env=own, cwd=str(ROOT),
-                                   dimensions=(rows, columns), encoding="utf-8", codec_errors="replace")
+                                   dimensions=(rows, columns), encoding="utf-8", codec_errors="replace",
+                                   preexec_fn=heed_interrupts)
         self.child.delaybeforesend = None
         self.screen = Screen(columns, rows)
         self.raw = ""
