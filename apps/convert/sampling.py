@@ -147,7 +147,8 @@ class Writer:
 
     def _draw(self, logits: np.ndarray, temperature: float) -> int:
         """An id for logits [V]."""
-        likely = np.flatnonzero(logits >= logits.max() + temperature * math.log(MIN_P))
-        weights = np.exp((logits[likely] - logits.max()) / max(temperature, 1e-6))
+        best = logits.max()
+        likely = np.flatnonzero(logits >= best + temperature * math.log(MIN_P))
+        weights = np.exp((logits[likely] - best) / max(temperature, 1e-6))
         sums = np.cumsum(weights, dtype=np.float64)
         return int(likely[min(int((sums < self.random.random() * sums[-1]).sum()), len(likely) - 1)])
